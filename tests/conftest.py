@@ -1,4 +1,4 @@
-"""Choose which tests run: plain `pytest` is quick, `--all` adds the models, the native tests and the sanitizers."""
+"""Choose which tests run: plain `pytest` is quick, `--all` adds models, native tests and sanitizers."""
 
 from __future__ import annotations
 
