@@ -645,9 +645,12 @@ def check_git() -> None:
 
 
 def has_openssl(compiler: Compiler) -> bool:
-    program = "#include <openssl/ssl.h>\nint main() { return SSL_library_init() == 0; }\n"
-    link = ("-x", "c++", "-", "-x", "none", "-lssl", "-lcrypto", "-o", os.devnull)
-    return answer(compiler.cxx, *link, stdin=program) is not None
+    """Tell whether the compiler sees OpenSSL, without compiling: this is asked on every run."""
+    header = "#if !__has_include(<openssl/ssl.h>)\n#error\n#endif\n"
+    names = ("libssl.so", "libssl.dylib", "libssl.a")
+    found = [answer(compiler.cxx, f"-print-file-name={name}") for name in names]
+    seen = any(path and Path(path.strip()).is_absolute() for path in found)
+    return seen and answer(compiler.cxx, "-x", "c++", "-fsyntax-only", "-", stdin=header) is not None
 
 
 def find_cuda(project: Project) -> Cuda | None:
@@ -1026,6 +1029,9 @@ def hand_over(command: list[str]) -> NoReturn:
 def command_line(project: Project, argv: list[str]) -> None:
     args, rest = parse(argv)
     source = args.source.resolve() if getattr(args, "source", None) else None
+    if args.command == "doctor":
+        doctor(project)
+        return
     with locked(project):
         if args.command in ("run", "test", "build"):
             options = chosen_options(project, args)
@@ -1043,8 +1049,6 @@ def command_line(project: Project, argv: list[str]) -> None:
             patch_discard(project)
         elif args.command == "export-patches":
             export_patches(project)
-        elif args.command == "doctor":
-            doctor(project)
         elif args.command == "clean":
             clean(project, args.all)
     if args.command == "run":
@@ -1056,7 +1060,11 @@ def command_line(project: Project, argv: list[str]) -> None:
 
 def main(argv: Iterable[str], root: Path) -> int:
     if sys.version_info < PYTHON_MIN:
-        print(f"build.py needs Python 3.11, this is {sys.version.split()[0]}: try `python3.12 build.py ...`")
+        print(
+            f"build.py: needs Python {PYTHON_MIN[0]}.{PYTHON_MIN[1]}, this is {sys.version.split()[0]}\n"
+            "  next: run it with a newer one, say `python3.12 build.py ...`",
+            file=sys.stderr,
+        )
         return 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
