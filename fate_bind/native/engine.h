@@ -1,0 +1,126 @@
+// The engine of one context: what llama.cpp's doors (llama-engine.h) lead to.
+#pragma once
+
+#include "fate.h"
+#include "layer.h"
+#include "llama-engine.h"
+#include "pool.h"
+#include "record.h"
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+// fate_config with the list owned.
+struct fate_settings {
+    fate_config          config;
+    std::vector<int32_t> slots_list;
+};
+
+std::shared_ptr<const fate_settings> fate_current_settings();
+
+// While one lives, contexts created by this thread get no engine.
+class fate_no_engine {
+public:
+    fate_no_engine();
+    ~fate_no_engine();
+};
+
+// The live engine of a context, null if it has none. Any thread.
+fate_engine * fate_engine_of(const llama_context * ctx);
+
+struct fate_engine final : llama_engine_i {
+    fate_engine(llama_context & ctx, std::shared_ptr<const fate_settings> settings);
+    ~fate_engine() override;
+
+    void build_moe(ggml_context * ctx0, ggml_cgraph * gf, llama_moe_args & args) override;
+    bool reserved() override;
+    void ubatch_begin(const llama_ubatch & ubatch) override;
+    void ubatch_end() override;
+    void perf_reset() override;
+
+    // the custom op of a layer; dst holds the slots on the pool path
+    void run(int32_t layer, uint8_t path, ggml_tensor * dst);
+
+    void      flush();
+    void      check() const;
+    fate_info info() const;
+    void      get_counters(int64_t * out, size_t n) const;
+
+    const llama_context & context() const { return ctx_; }
+
+private:
+    // userdata of a custom op, stable in memory while graphs live
+    struct op {
+        fate_engine * engine;
+        int32_t       layer;
+        uint8_t       path;
+    };
+
+    // one MoE block of the model
+    struct block {
+        std::vector<ggml_tensor *>  sources; // what is indexed by expert
+        int32_t                     n_experts;
+        int32_t                     k;
+        std::string                 refused; // why it cannot be served, "" if it can
+        std::unique_ptr<fate_layer> layer;   // null: not engaged
+        op                          pool_op;
+        op                          bypass_op;
+    };
+
+    class io;
+
+    static void run_op(ggml_tensor * dst, int ith, int nth, void * userdata);
+
+    void        find(const llama_moe_args & args);
+    std::string refuse(const llama_moe_args & args) const;
+    void        set_geometry(const std::vector<int32_t> & n_slots);
+    void        engage();
+    void        open();
+    void        deliver(const fate_record & record);
+    void        fail_policy();
+    void        snapshot();
+
+    llama_context &                      ctx_;
+    std::shared_ptr<const fate_settings> settings_;
+    const fate_config &                  config_;
+    const bool                           callback_;
+    const bool                           sync_;
+    const bool                           wants_steps_;
+
+    bool                                             found_all_ = false; // the reserve is over: blocks_ is fixed
+    std::vector<std::unique_ptr<block>>              blocks_;
+    std::unordered_map<const ggml_tensor *, block *> block_of_;          // by down weights
+    fate_pool                                        pool_;
+
+    bool        engaged_ = false;
+    std::string reason_; // why not, or why not wholly
+    std::string model_name_;
+    int32_t     n_engaged_   = 0;
+    int32_t     max_k_       = 0;
+    int32_t     max_experts_ = 0;
+    int64_t     pool_bytes_  = 0;
+
+    std::vector<int32_t> n_experts_;
+    std::vector<int32_t> k_;
+    std::vector<int32_t> n_slots_;
+    std::vector<int64_t> expert_bytes_;
+
+    bool        active_        = false; // graphs of the current ubatch go through the pool
+    bool        policy_failed_ = false;
+    fate_record record_[2];
+    int32_t     current_       = 0;
+    int32_t     record_tokens_ = 0;
+    bool        held_back_     = false; // record_[1 - current_] waits to be delivered
+
+    std::vector<float>   scores_;
+    std::vector<float>   bonus_;
+    std::vector<uint8_t> hits_;  // of one op
+
+    mutable std::mutex   mutex_; // guards what follows, read by any thread
+    int64_t              steps_  = 0;
+    int64_t              tokens_ = 0;
+    std::vector<int64_t> counters_;
+};

@@ -1,0 +1,223 @@
+// FATE: the whole C surface that Python may see. C99; cut into the cffi cdef between the two marks below.
+//
+// Conventions
+// - Functions return FATE_STATUS_OK or another FATE_STATUS_*, unless said otherwise; they never abort and never print.
+//   fate_last_error() of the same thread then says what happened, the value, what was expected and the next step.
+// - Strings are UTF-8 and zero-terminated. Returned strings belong to the library.
+// - "layer" counts mixture-of-experts (MoE) blocks from 0 in graph order, not transformer layers.
+// - Unless a function says "any thread", handles are used by one thread at a time.
+#ifndef FATE_H
+#define FATE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#    define FATE_API __declspec(dllexport)
+#else
+#    define FATE_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// cdef begin
+
+#define FATE_ABI_VERSION 1
+
+enum {
+    FATE_STATUS_OK       = 0,
+    FATE_STATUS_INVALID  = 1, // an argument is out of range
+    FATE_STATUS_MODEL    = 2, // the model or the context cannot be opened
+    FATE_STATUS_CAPACITY = 3, // the slots asked for do not fit this model
+    FATE_STATUS_MEMORY   = 4, // an allocation failed
+    FATE_STATUS_POLICY   = 5, // a callback reported an error
+    FATE_STATUS_DECODE   = 6, // llama.cpp could not process a batch
+};
+
+enum {
+    FATE_MODE_OFF      = 0,
+    FATE_MODE_TABLE    = 1, // victims by score tables, no Python in the loop
+    FATE_MODE_CALLBACK = 2, // on_miss names every victim
+};
+
+enum {
+    FATE_SLOTS_AUTO    = 0, // half of the experts on the CPU
+    FATE_SLOTS_COUNT   = 1, // slots_value: slots of every layer
+    FATE_SLOTS_PERCENT = 2, // slots_value: share of each layer's experts, in percent, rounded down
+    FATE_SLOTS_BYTES   = 3, // slots_value: bytes of the whole pool, the same number of slots in every layer
+    FATE_SLOTS_LIST    = 4, // slots_list: one number for each layer
+};
+
+enum {
+    FATE_PATH_NOT_RUN = 0,
+    FATE_PATH_POOL    = 1,
+    FATE_PATH_STAGED  = 2,
+    FATE_PATH_BYPASS  = 3,
+};
+
+// columns of fate_engine_get_counters, one row a layer; all count (token, expert) pairs unless said otherwise
+enum {
+    FATE_COUNTER_ROUTED            = 0,
+    FATE_COUNTER_HITS              = 1,
+    FATE_COUNTER_MISSES            = 2,
+    FATE_COUNTER_STAGED            = 3,
+    FATE_COUNTER_BYPASSED          = 4,
+    FATE_COUNTER_FILLS             = 5, // experts copied into a slot, seeding included
+    FATE_COUNTER_SEED_FILLS        = 6,
+    FATE_COUNTER_EVICTIONS         = 7,
+    FATE_COUNTER_BYTES             = 8,  // fills x expert bytes
+    FATE_COUNTER_ROWS              = 9,  // tokens that went through the pool
+    FATE_COUNTER_ROWS_ALL_RESIDENT = 10, // of these, tokens without a miss
+    FATE_N_COUNTERS                = 11,
+};
+
+typedef struct fate_engine  fate_engine;  // one for each llama.cpp context made while FATE is configured
+typedef struct fate_model   fate_model;   // a loaded model
+typedef struct fate_context fate_context; // a context of ours on it
+
+// What an engine serves. Arrays have n_layers entries and live as long as the engine.
+typedef struct fate_geometry {
+    int32_t         n_layers;
+    int32_t         n_layers_engaged;
+    const int32_t * n_experts;
+    const int32_t * k;       // experts used per token
+    const int32_t * n_slots; // 0: this layer is not engaged
+    const int64_t * expert_bytes;
+    const char *    model;   // name of the model, "" if it has none
+} fate_geometry;
+
+// One finished step (ubatch). Arrays live until the callback returns.
+typedef struct fate_step {
+    int32_t         n_tokens;
+    int32_t         n_layers;
+    int32_t         k;         // the largest k of all layers
+    const int32_t * ids;       // [n_tokens][n_layers][k], best first, -1: not run
+    const float *   weights;   // like ids, router weights; 0 where unknown
+    const uint8_t * hits;      // like ids, 1: a hit on the pool path
+    const uint8_t * path;      // [n_tokens][n_layers], FATE_PATH_*
+    const int32_t * tokens;    // [n_tokens] token ids, -1: unknown
+    const int32_t * positions; // [n_tokens]
+    const int32_t * sequences; // [n_tokens] first sequence of each token
+    int32_t         n_fills;
+    const int32_t * fills;     // [n_fills][2] (layer, expert), in order
+    int32_t         n_evictions;
+    const int32_t * evictions; // [n_evictions][2] (layer, expert), in order
+} fate_step;
+
+// Callbacks run on the thread that decodes, which need not be the one that called in. They return FATE_STATUS_OK, or another status: on_open
+// then fails the context; after any other the engine goes on as LRU and calls on_step and on_miss no more, except on_step for records.
+
+// An engine is ready, engaged or not, or was reset (fate_engine_get_info tells). Comes again after each reset.
+typedef int32_t (*fate_open_fn)(void * user, fate_engine * engine);
+// A step ended. scores[n_layers][max n_experts] and bonus[n_layers] are zero-filled; set *published to 1 to have them act from the next step on.
+typedef int32_t (*fate_step_fn)(void * user, fate_engine * engine, const fate_step * step, float * scores, float * bonus,
+                                int32_t * published);
+// One op of a layer missed. Write victims[n_victims]: distinct resident experts of this layer, none of needed. n_victims may be 0.
+typedef int32_t (*fate_miss_fn)(void * user, fate_engine * engine, int32_t layer, int32_t n_needed, const int32_t * needed,
+                                int32_t n_missing, const int32_t * missing, int32_t n_victims, int32_t * victims);
+// The context ends; the engine is valid until this returns.
+typedef void (*fate_close_fn)(void * user, fate_engine * engine);
+
+typedef struct fate_config {
+    int32_t         mode;    // FATE_MODE_*
+    int32_t         sync;    // 1: records of step t are handed over at its end, 0: one step later; callback mode is always sync
+    int32_t         scores;  // 1: the policy publishes scores (call on_step)
+    int32_t         record;  // 1: routing is recorded (call on_step)
+    int32_t         require; // 1: a context that does not engage is an error
+    int32_t         slots_kind;
+    double          slots_value;
+    const int32_t * slots_list;
+    int32_t         n_slots_list;
+    fate_open_fn    on_open; // each may be null
+    fate_step_fn    on_step;
+    fate_miss_fn    on_miss;
+    fate_close_fn   on_close;
+    void *          user;
+} fate_config;
+
+typedef struct fate_info {
+    int32_t       engaged;
+    const char *  reason; // why not, or why not in every layer; "" if every layer is engaged
+    fate_geometry geometry;
+    int64_t       steps;
+    int64_t       tokens;
+    int64_t       pool_bytes;
+} fate_info;
+
+// Any thread.
+FATE_API int32_t      fate_abi_version(void);
+FATE_API const char * fate_build_id(void);
+FATE_API const char * fate_last_error(void); // of the calling thread; valid until its next call
+FATE_API const char * fate_engine_error(
+    void); // of the newest context that an engine refused, "" if none; any thread, valid until the next call
+FATE_API const char * fate_system_info(void); // llama.cpp's backends and CPU features
+
+// Sets what contexts created from now on get; null: no engine. The struct and slots_list are copied, callbacks and user must live on.
+FATE_API int32_t fate_configure(const fate_config * config);
+
+// Any thread, between on_open and the return of on_close. Counters are those of the last finished step.
+FATE_API int32_t fate_engine_get_info(const fate_engine * engine, fate_info * info);
+FATE_API int32_t fate_engine_get_counters(const fate_engine * engine, int64_t * counters /* [n_layers][FATE_N_COUNTERS] */,
+                                          size_t n_counters);
+// Hands over the record that is held back without sync, so that nothing is missing from what was recorded. Decode thread.
+FATE_API int32_t fate_engine_flush(fate_engine * engine);
+// Checks invariants 2 and 3 over all layers: slot_of and expert_of are inverse maps and every resident expert's bytes are those of the model. Decode thread.
+FATE_API int32_t fate_engine_check(const fate_engine * engine);
+
+// Runs one of llama.cpp's programs in this process: completion, cli, server, bench, perplexity, quantize. argv[0] is the program's name. *exit_code is what its
+// main returned. Help and some errors end the process, as in the program itself.
+FATE_API int32_t fate_program_run(const char * name, int32_t argc, char ** argv, int32_t * exit_code);
+
+// From now on an interrupt (SIGINT) first calls on_interrupt on a thread of ours, then the handler that the program installed; a program that has none ends
+// with code 130. fate_interrupt_unwatch() restores what was there before.
+typedef void (*fate_interrupt_fn)(void * user);
+FATE_API int32_t fate_interrupt_watch(fate_interrupt_fn on_interrupt, void * user);
+FATE_API void    fate_interrupt_unwatch(void);
+
+// Opens a model with the flags of llama-completion (argv[0] is skipped). The flags also set what contexts on it are like.
+FATE_API int32_t fate_model_open(int32_t argc, char ** argv, fate_model ** model);
+FATE_API void    fate_model_close(fate_model * model); // after its contexts; null is ignored
+FATE_API int32_t fate_model_n_vocab(const fate_model * model);
+FATE_API int32_t fate_model_has_encoder(const fate_model * model);
+// Writes up to n_max tokens; *n is the number needed.
+FATE_API int32_t fate_model_tokenize(const fate_model * model, const char * text, int32_t n_text, int32_t add_special, int32_t * tokens,
+                                     int32_t n_max, int32_t * n);
+// Writes up to n_max bytes of the token's text, not terminated; *n is the number needed.
+FATE_API int32_t      fate_model_piece(const fate_model * model, int32_t token, char * text, int32_t n_max, int32_t * n);
+FATE_API int32_t      fate_model_is_eog(const fate_model * model, int32_t token); // 1 if the token ends a generation
+FATE_API int32_t      fate_model_bos(const fate_model * model);                   // -1 if there is none
+FATE_API const char * fate_model_prompt(const fate_model * model);                // -p / -f of the flags, "" if none
+
+// engine 0: without FATE whatever is configured.
+FATE_API int32_t fate_context_open(fate_model * model, int32_t engine, fate_context ** context);
+FATE_API void    fate_context_close(fate_context * context); // null is ignored
+FATE_API int32_t fate_context_n_ctx(const fate_context * context);
+FATE_API int32_t fate_context_n_batch(const fate_context * context);
+FATE_API int32_t fate_context_n_seq_max(const fate_context * context);
+// The engine of this context, null if it has none.
+FATE_API fate_engine * fate_context_engine(const fate_context * context);
+// Decodes one batch of n <= n_batch tokens. positions and sequences may be null: the tokens then follow what sequence 0 holds. outputs (1: wanted) may be null:
+// all. logits[n_outputs][n_vocab] may be null.
+FATE_API int32_t fate_context_decode(fate_context * context, int32_t n, const int32_t * tokens, const int32_t * positions,
+                                     const int32_t * sequences, const int8_t * outputs, float * logits);
+FATE_API int32_t fate_context_clear(fate_context * context); // forgets all sequences, keeps the pool
+// Context shift: removes [p0, p1) of a sequence and moves what follows down by p1 - p0.
+FATE_API int32_t fate_context_shift(fate_context * context, int32_t sequence, int32_t p0, int32_t p1);
+FATE_API int32_t fate_context_state_size(fate_context * context, size_t * n_bytes);
+FATE_API int32_t fate_context_state_get(fate_context * context, uint8_t * bytes, size_t n_bytes);
+FATE_API int32_t fate_context_state_set(fate_context * context, const uint8_t * bytes, size_t n_bytes);
+// temperature <= 0 is greedy.
+FATE_API int32_t fate_context_set_sampler(fate_context * context, float temperature, int32_t top_k, float top_p, float min_p,
+                                          uint32_t seed);
+// Samples from the last output of the last batch.
+FATE_API int32_t fate_context_sample(fate_context * context, int32_t * token);
+
+// cdef end
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif // FATE_H

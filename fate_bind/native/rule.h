@@ -1,0 +1,87 @@
+// The decision rule, once, for the CUDA engine, the host twin and the tests. No ggml, no allocation.
+//
+// Uses of one step in one layer are ordered by row, then from the worst to the best router rank; each advances the layer's clock. The victim is the
+// resident expert that the op at hand does not need with the least (key, last use, expert id).
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#    define FATE_HOST_DEVICE __host__ __device__
+#else
+#    define FATE_HOST_DEVICE
+#endif
+
+// One layer's tables. A view: the owner decides where the arrays live.
+struct fate_table {
+    int32_t n_experts;
+    int32_t n_slots;
+
+    int32_t * slot_of;   // [n_experts], -1: absent
+    int32_t * expert_of; // [n_slots],   -1: free
+    int64_t * last_use;  // [n_experts], clock of the last use, 0: never
+    int64_t   clock;
+
+    const float * score;        // [n_experts], higher means keep
+    float         bonus;        // added to experts used since the publication
+    int64_t       published_at; // clock of the last publication of scores
+};
+
+FATE_HOST_DEVICE inline float fate_rule_key(const fate_table & t, int32_t expert) {
+    return t.last_use[expert] > t.published_at ? t.score[expert] + t.bonus : t.score[expert];
+}
+
+// True if expert a goes before expert b. A strict total order, so that parallel searches agree with serial ones.
+FATE_HOST_DEVICE inline bool fate_rule_before(const fate_table & t, int32_t a, int32_t b) {
+    const float key_a = fate_rule_key(t, a);
+    const float key_b = fate_rule_key(t, b);
+    if (key_a != key_b) {
+        return key_a < key_b;
+    }
+    if (t.last_use[a] != t.last_use[b]) {
+        return t.last_use[a] < t.last_use[b];
+    }
+    return a < b;
+}
+
+// The slot of the victim, -1 if every resident expert is needed. needed[n_experts]: 1 for experts of the op at hand.
+FATE_HOST_DEVICE inline int32_t fate_rule_victim(const fate_table & t, const uint8_t * needed) {
+    int32_t best = -1;
+    for (int32_t slot = 0; slot < t.n_slots; ++slot) {
+        const int32_t expert = t.expert_of[slot];
+        if (expert < 0) {
+            continue;
+        }
+#if !defined(FATE_FAULT_VICTIM_IN_USE)
+        if (needed[expert]) {
+            continue;
+        }
+#endif
+        if (best < 0 || fate_rule_before(t, expert, t.expert_of[best])) {
+            best = slot;
+        }
+    }
+    return best;
+}
+
+FATE_HOST_DEVICE inline int32_t fate_rule_free_slot(const fate_table & t) {
+    for (int32_t slot = 0; slot < t.n_slots; ++slot) {
+        if (t.expert_of[slot] < 0) {
+            return slot;
+        }
+    }
+    return -1;
+}
+
+FATE_HOST_DEVICE inline void fate_rule_use(fate_table & t, int32_t expert) {
+    t.last_use[expert] = ++t.clock;
+}
+
+// Puts the expert into the slot; what the slot held is absent afterwards.
+FATE_HOST_DEVICE inline void fate_rule_place(fate_table & t, int32_t expert, int32_t slot) {
+    if (t.expert_of[slot] >= 0) {
+        t.slot_of[t.expert_of[slot]] = -1;
+    }
+    t.expert_of[slot] = expert;
+    t.slot_of[expert] = slot;
+}
