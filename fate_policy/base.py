@@ -1,0 +1,155 @@
+"""What a policy is: the whole contract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fate_policy.rule import pick_victims
+
+NOT_RUN, POOL, STAGED, BYPASS = 0, 1, 2, 3
+"""Values of `Step.path`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """The mixture-of-experts layers of a model, and their slots. Arrays of shape (n_layers,)."""
+
+    n_experts: NDArray[np.int32]
+    k: NDArray[np.int32]
+    n_slots: NDArray[np.int32]
+    expert_bytes: NDArray[np.int64]
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.n_experts)
+
+    @property
+    def max_experts(self) -> int:
+        return int(self.n_experts.max(initial=0))
+
+    @property
+    def max_k(self) -> int:
+        return int(self.k.max(initial=0))
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What one ubatch routed, and what that did to the pool.
+
+    ids : int32 (n_tokens, n_layers, max_k), best first; -1 where the layer did not run or has a smaller k
+    path : uint8 (n_tokens, n_layers): NOT_RUN, POOL, STAGED or BYPASS
+    weights : router weights, shaped like `ids`, or None
+    tokens, positions, sequences : int32 (n_tokens,); token -1 = unknown
+    hits : uint8 like `ids`: 1 = hit in the pool
+    fills, evictions : int32 (n, 2), rows (layer, expert) in order
+    """
+
+    ids: NDArray[np.int32]
+    path: NDArray[np.uint8]
+    weights: NDArray[np.float32] | None
+    tokens: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    sequences: NDArray[np.int32]
+    hits: NDArray[np.uint8]
+    fills: NDArray[np.int32]
+    evictions: NDArray[np.int32]
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(eq=False)
+class History:
+    """What has happened so far, kept by the driver; its arrays are read-only views that change in place.
+
+    last_use : int64 (n_layers, max_experts): the layer's clock at the last use, 0 = never
+    clock : int64 (n_layers,): routed pairs so far
+    resident : bool (n_layers, max_experts)
+    scores, bonus, published_at : the last publication, (n_layers, max_experts), (n_layers,), (n_layers,)
+    """
+
+    last_use: NDArray[np.int64]
+    clock: NDArray[np.int64]
+    resident: NDArray[np.bool_]
+    scores: NDArray[np.float32]
+    bonus: NDArray[np.float32]
+    published_at: NDArray[np.int64]
+    tokens_seen: int = 0
+    steps_seen: int = 0
+    publications: int = 0
+
+
+class Policy:
+    """Decides which experts stay. Override what you need; a policy that overrides nothing is LRU.
+
+    Constructor arguments are keyword-only with defaults, are the YAML keys, and are attributes; a value out
+    of range raises `PolicyConfigError` there. Everything learned from a run belongs in `start`.
+    Events change the policy's state; questions must not: asked twice, they answer the same.
+    """
+
+    replay_only: ClassVar[bool] = False
+
+    def start(self, geometry: Geometry) -> None:
+        """Event: a context was opened or reset. Forget everything, load files, make arrays."""
+
+    def observe(self, step: Step) -> None:
+        """Event: a step is over. Its arrays are yours to keep, not to change."""
+
+    def admit(self, layer: int, experts: NDArray[np.int32]) -> None:
+        """Event: these experts came into slots. In table mode told just before `observe`."""
+
+    def drop(self, layer: int, experts: NDArray[np.int32]) -> None:
+        """Event: these experts lost their slots. In table mode told just before `observe`."""
+
+    def scores(self, history: History) -> NDArray[np.float32] | None:
+        """Question: what is each expert worth, shape (n_layers, max_experts)? Higher stays. None = LRU.
+
+        Asked between steps. Equal scores are decided by the last use, then by expert id.
+        """
+        return None
+
+    def bonus(self, history: History) -> NDArray[np.float32]:
+        """Question: what does a use since this publication add to a score, in each layer?"""
+        return np.zeros(len(history.clock), np.float32)
+
+    def victims(
+        self, layer: int, n: int, pinned: NDArray[np.bool_], history: History
+    ) -> Sequence[int] | NDArray[np.integer]:
+        """Question, in callback mode only: which `n` resident experts that are not pinned go, in order?
+
+        Asked once per layer and step with a miss that finds no free slot. By default the rule over the
+        scores last published, so that callback mode decides as table mode with `sync: true` does.
+        """
+        candidates = np.flatnonzero(history.resident[layer, : len(pinned)] & ~pinned)
+        return pick_victims(
+            candidates,
+            n,
+            history.scores[layer],
+            history.bonus[layer],
+            history.last_use[layer],
+            int(history.published_at[layer]),
+        )
+
+
+class OfflinePolicy(Policy):
+    """A policy that knows the future: for replay, where it is a bound, never for a run."""
+
+    replay_only: ClassVar[bool] = True
+
+    def foresee(self, needs: NDArray[np.int32], step: NDArray[np.int64]) -> None:
+        """Event: told once, before `start`, what every layer will need in a slot.
+
+        Parameters
+        ----------
+        needs
+            Shape (n_tokens, n_layers, max_k); -1 = nothing, also where a prompt goes past the pool and the
+            token is too early to be seeded from.
+        step
+            Shape (n_tokens,): the step of each token, counted from 0.
+        """

@@ -1,0 +1,50 @@
+"""Checks of configured values: each error names the key, the value and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from fate_policy.errors import PolicyConfigError
+
+
+def bad_value(key: str, value: object, allowed: str) -> PolicyConfigError:
+    return PolicyConfigError(f"{key}: {value!r} is not allowed; expected {allowed}")
+
+
+def unknown_name(what: str, name: object, known: Iterable[str]) -> PolicyConfigError:
+    """Return the error for a name that is none of `known`, with the nearest one if one is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return PolicyConfigError(f"unknown {what} {name!r}{hint} (known: {', '.join(known) or 'none'})")
+
+
+def number(key: str, value: Any, *, above: float) -> float:
+    """Return `value` as a float if it is a finite number greater than `above`."""
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not plain or not math.isfinite(value) or value <= above:
+        raise bad_value(key, value, f"a number greater than {above:g}")
+    return float(value)
+
+
+def integer(key: str, value: Any, *, minimum: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise bad_value(key, value, f"a whole number, {minimum} or more")
+    return value
+
+
+def flag(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise bad_value(key, value, "true or false")
+    return value
+
+
+def choice(key: str, value: Any, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise bad_value(key, value, "one of " + ", ".join(allowed) + hint)
+    return str(value)

@@ -1,0 +1,247 @@
+"""The one way in which policies are driven, by replay and by the engine's binding alike."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fate_policy import checks
+from fate_policy.base import NOT_RUN, Geometry, History, Policy, Step
+from fate_policy.errors import PolicyConfigError, PolicyError
+
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+
+
+def policy_name(policy: Policy) -> str:
+    return f"{type(policy).__module__}:{type(policy).__qualname__}"
+
+
+def _overrides(policy: Policy, method: str) -> bool:
+    return getattr(type(policy), method) is not getattr(Policy, method)
+
+
+def _read_only(array: NDArray[_Scalar]) -> NDArray[_Scalar]:
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+class Driver:
+    """Keep the history, ask the policy, and check every answer.
+
+    An exception of the policy's own passes through unchanged; a wrong answer is a `PolicyError`.
+    `policy_seconds` is the time spent in the policy's code.
+
+    Parameters
+    ----------
+    mode
+        "table": scores are published between steps; "callback": victims are asked for at every miss.
+    refresh_tokens
+        Publish only when at least so many tokens were observed since the last publication.
+    replay
+        True lets policies drive that know the future.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        geometry: Geometry,
+        mode: str = "table",
+        refresh_tokens: int = 1,
+        *,
+        replay: bool = False,
+    ) -> None:
+        if not isinstance(policy, Policy):
+            raise PolicyConfigError(f"{policy!r} is not a policy: it does not derive from fate_policy.Policy")
+        name = policy_name(policy)
+        self.mode = checks.choice("mode", mode, ("table", "callback"))
+        self.refresh_tokens = checks.integer("refresh_tokens", refresh_tokens, minimum=1)
+        if policy.replay_only and not replay:
+            raise PolicyConfigError(f"policy {name} knows the future: it works in replay only")
+        if mode == "table" and _overrides(policy, "victims") and not _overrides(policy, "scores"):
+            raise PolicyConfigError(
+                f"policy {name} names victims but has no scores, so it cannot run in table mode; "
+                "use --fate-mode callback"
+            )
+        self.policy = policy
+        self.geometry = geometry
+        self.policy_seconds = 0.0
+        self._name = name
+        self._tells_moves = _overrides(policy, "admit") or _overrides(policy, "drop")
+        self.reset()
+
+    def reset(self) -> None:
+        """Start over with an empty pool, as when a context is opened."""
+        shape = (self.geometry.n_layers, self.geometry.max_experts)
+        self._last_use = np.zeros(shape, np.int64)
+        self._clock = np.zeros(shape[0], np.int64)
+        self._resident = np.zeros(shape, np.bool_)
+        self._scores = np.zeros(shape, np.float32)
+        self._bonus = np.zeros(shape[0], np.float32)
+        self._published_at = np.zeros(shape[0], np.int64)
+        self._layers = np.arange(shape[0])[:, None]
+        self._tokens_published = 0
+        self.history = History(
+            last_use=_read_only(self._last_use),
+            clock=_read_only(self._clock),
+            resident=_read_only(self._resident),
+            scores=_read_only(self._scores),
+            bonus=_read_only(self._bonus),
+            published_at=_read_only(self._published_at),
+        )
+        self._timed(self.policy.start, self.geometry)
+
+    def observe(self, step: Step) -> None:
+        """Take in a finished step and tell the policy. In callback mode new scores come into force here."""
+        self._stamp(step)
+        self.history.tokens_seen += step.n_tokens
+        self.history.steps_seen += 1
+        if self.mode == "table":
+            self._resident[step.evictions[:, 0], step.evictions[:, 1]] = False
+            self._resident[step.fills[:, 0], step.fills[:, 1]] = True
+            if self._tells_moves:
+                self._tell(self.policy.drop, step.evictions)
+                self._tell(self.policy.admit, step.fills)
+        self._timed(self.policy.observe, step)
+        if self.mode == "callback":
+            self._refresh()
+
+    def publish(self) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+        """Return scores (n_layers, max_experts) and bonus (n_layers,) to put in force now, or None.
+
+        None: nothing new is due, the policy is plain LRU, or the mode is callback, where the engine has no
+        table to fill. Both arrays are C-contiguous copies, the caller's own.
+        """
+        if self.mode == "callback" or not self._refresh():
+            return None
+        return self._scores.copy(), self._bonus.copy()
+
+    def victims(
+        self, layer: int, n: int, pinned: NDArray[np.bool_], last_use: NDArray[np.int64] | None = None
+    ) -> NDArray[np.int32]:
+        """Return `n` distinct experts of `layer` that are resident and not pinned, in the policy's order.
+
+        Parameters
+        ----------
+        pinned
+            bool (n_experts,): needed by the op at hand.
+        last_use
+            int64 (n_experts,): the engine's own last uses, which at the seeding after a bypass are ahead of
+            the steps observed. None: those observed are all there are.
+        """
+        n_experts = int(self.geometry.n_experts[layer])
+        if last_use is not None:
+            self._last_use[layer, :n_experts] = last_use[:n_experts]
+        answer: Any = self._timed(self.policy.victims, layer, n, pinned, self.history)
+        try:
+            given = list(answer)
+            experts = [int(expert) for expert in given]
+            whole = experts == given
+        except (TypeError, ValueError, OverflowError):
+            whole = False
+        if not whole:
+            raise self._wrong_victims(layer, answer, f"expected {n} whole numbers")
+        if len(experts) != n:
+            raise self._wrong_victims(layer, answer, f"expected {n} of them")
+        seen: set[int] = set()
+        for expert in experts:
+            if not 0 <= expert < n_experts:
+                fault = f"expert {expert} does not exist; expected 0 to {n_experts - 1}"
+            elif pinned[expert]:
+                fault = f"expert {expert} is pinned: the op at hand needs it"
+            elif not self._resident[layer, expert]:
+                fault = f"expert {expert} is not resident"
+            elif expert in seen:
+                fault = f"expert {expert} is named twice"
+            else:
+                seen.add(expert)
+                continue
+            raise self._wrong_victims(layer, answer, fault)
+        return np.array(experts, np.int32)
+
+    def drop(self, layer: int, experts: NDArray[np.int32]) -> None:
+        """Take in, in callback mode, that these experts lost their slots."""
+        self._resident[layer, experts] = False
+        self._timed(self.policy.drop, layer, experts)
+
+    def admit(self, layer: int, experts: NDArray[np.int32]) -> None:
+        """Take in, in callback mode, that these experts came into slots."""
+        self._resident[layer, experts] = True
+        self._timed(self.policy.admit, layer, experts)
+
+    def _stamp(self, step: Step) -> None:
+        n_layers = self.geometry.n_layers
+        if step.n_tokens == 1:
+            uses = step.ids[0, :, ::-1]
+            ran = (uses >= 0) & (step.path[0, :, None] != NOT_RUN)
+        else:
+            uses = step.ids.transpose(1, 0, 2)[:, :, ::-1].reshape(n_layers, -1)
+            ran = ((step.ids >= 0) & (step.path[:, :, None] != NOT_RUN)).transpose(1, 0, 2)
+            ran = ran[:, :, ::-1].reshape(n_layers, -1)
+        stamp = ran.cumsum(axis=1)
+        stamp += self._clock[:, None]
+        if ran.all():
+            self._last_use[self._layers, uses] = stamp
+        else:
+            layer, use = np.nonzero(ran)
+            self._last_use[layer, uses[layer, use]] = stamp[layer, use]
+        if stamp.shape[1]:
+            self._clock[:] = stamp[:, -1]
+
+    def _tell(self, event: Any, moves: NDArray[np.int32]) -> None:
+        for layer in np.unique(moves[:, 0]).tolist():
+            self._timed(event, layer, np.ascontiguousarray(moves[moves[:, 0] == layer, 1]))
+
+    def _refresh(self) -> bool:
+        if self.history.tokens_seen - self._tokens_published < self.refresh_tokens:
+            return False
+        answer = self._timed(self.policy.scores, self.history)
+        if answer is None:
+            return False
+        scores = self._checked("scores", answer, self._scores.shape)
+        if np.isnan(scores).any():
+            layer, expert = np.argwhere(np.isnan(scores))[0]
+            raise PolicyError(
+                f"policy {self._name}: scores() returned NaN at layer {layer}, expert {expert}; "
+                "expected numbers (infinities are allowed)"
+            )
+        bonus = self._checked("bonus", self._timed(self.policy.bonus, self.history), self._bonus.shape)
+        if not np.isfinite(bonus).all():
+            raise PolicyError(f"policy {self._name}: bonus() returned {bonus}; expected finite numbers")
+        self._scores[:] = scores
+        self._bonus[:] = bonus
+        self._published_at[:] = self._clock
+        self._tokens_published = self.history.tokens_seen
+        self.history.publications += 1
+        return True
+
+    def _checked(self, method: str, answer: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        try:
+            array = np.asarray(answer)
+        except ValueError:
+            array = np.empty(0, np.object_)
+        if array.shape != shape or array.dtype.kind not in "fiub":
+            got = (
+                f"{array.dtype} of shape {array.shape}"
+                if array.dtype != object
+                else f"{type(answer).__name__}"
+            )
+            raise PolicyError(
+                f"policy {self._name}: {method}() returned {got}; expected float32 of shape {shape}"
+            )
+        with np.errstate(over="ignore"):
+            return array.astype(np.float32, copy=False)
+
+    def _wrong_victims(self, layer: int, answer: object, fault: str) -> PolicyError:
+        shown = " ".join(repr(answer).split())
+        return PolicyError(f"policy {self._name}: victims() for layer {layer} returned {shown}: {fault}")
+
+    def _timed(self, call: Any, *args: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return call(*args)
+        finally:
+            self.policy_seconds += time.perf_counter() - start

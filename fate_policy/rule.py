@@ -1,0 +1,103 @@
+"""The decision rule: who is evicted, and what a step does to a layer's slots.
+
+`fate_bind/native/rule.h` is the same rule for the engine; replay of a recorded trace must give the engine's
+counters, so a change here is a change there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ask = Callable[[int, NDArray[np.bool_]], NDArray[np.int32]]
+"""Question `(n, pinned bool (n_experts,)) -> n experts to evict`."""
+
+_NONE = np.empty(0, np.int32)
+
+
+def pick_victims(
+    candidates: NDArray[np.integer],
+    n: int,
+    score: NDArray[np.float32],
+    bonus: float | np.float32,
+    last_use: NDArray[np.int64],
+    published_at: int,
+) -> NDArray[np.int32]:
+    """Return the `n` candidates with the least (score + bonus if used since publication, last use, id).
+
+    `score` and `last_use` are indexed by expert; fewer than `n` are returned if there are fewer candidates.
+    """
+    used = last_use[candidates]
+    key = score[candidates]
+    if bonus:
+        key = np.where(used > published_at, key + np.float32(bonus), key)
+    return candidates[np.lexsort((candidates, used, key))[:n]].astype(np.int32)
+
+
+class LayerTable:
+    """The slots of one layer, its clock, and the scores in force.
+
+    `uses` everywhere: experts in order of use, that is by row, then from the worst to the best router rank.
+    """
+
+    def __init__(self, n_experts: int, n_slots: int) -> None:
+        self.slot_of = np.full(n_experts, -1, np.int32)
+        self.expert_of = np.full(n_slots, -1, np.int32)
+        self.last_use = np.zeros(n_experts, np.int64)
+        self.clock = 0
+        self.score = np.zeros(n_experts, np.float32)
+        self.bonus = np.float32(0)
+        self.published_at = 0
+
+    def publish(self, score: NDArray[np.float32], bonus: np.float32) -> None:
+        self.score[:] = score
+        self.bonus = bonus
+        self.published_at = self.clock
+
+    def use(self, uses: NDArray[np.integer]) -> None:
+        """Stamp the uses with the clock; the last stamp of an expert stays."""
+        self.last_use[uses] = np.arange(self.clock + 1, self.clock + 1 + len(uses))
+        self.clock += len(uses)
+
+    def misses(self, uses: NDArray[np.integer]) -> NDArray[np.bool_]:
+        """Say for each use whether it is the first use of an absent expert."""
+        miss: NDArray[np.bool_] = self.slot_of[uses] < 0
+        if miss.any():
+            seen: set[int] = set()
+            for i in np.flatnonzero(miss).tolist():
+                expert = int(uses[i])
+                miss[i] = expert not in seen
+                seen.add(expert)
+        return miss
+
+    def bring(
+        self, uses: NDArray[np.int32], ask: Ask | None = None
+    ) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
+        """Make all experts of `uses` resident; return which uses missed, and the evicted in order.
+
+        A miss takes the lowest free slot, then those of the victims that `ask` names, by default the rule's.
+        The uses are not stamped: `use` does that.
+        """
+        miss = self.misses(uses)
+        absent = uses[miss]
+        evicted = _NONE
+        if len(absent):
+            slots = np.flatnonzero(self.expert_of < 0)[: len(absent)]
+            n_victims = len(absent) - len(slots)
+            if n_victims:
+                pinned = np.zeros(len(self.slot_of), np.bool_)
+                pinned[uses] = True
+                evicted = (ask or self.victims)(n_victims, pinned)
+                slots = np.concatenate((slots, self.slot_of[evicted]))
+                self.slot_of[evicted] = -1
+            self.expert_of[slots] = absent
+            self.slot_of[absent] = slots
+        return miss, evicted
+
+    def victims(self, n: int, pinned: NDArray[np.bool_]) -> NDArray[np.int32]:
+        resident = self.expert_of[self.expert_of >= 0]
+        return pick_victims(
+            resident[~pinned[resident]], n, self.score, self.bonus, self.last_use, self.published_at
+        )
