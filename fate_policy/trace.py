@@ -1,0 +1,492 @@
+"""The routing-trace format: write, read, hash.
+
+A trace is an .npz file (see `Trace` for its arrays). While it is recorded it is FILE.part: a run of blocks,
+each with a length and a checksum, so that a killed recording keeps all but its last moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import struct
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from fate_policy.base import BYPASS, NOT_RUN, POOL, Geometry, Step
+from fate_policy.errors import TraceError
+
+FORMAT, VERSION = "fate-trace", 1
+
+_MAGIC = b"FATE-TRACE-PART\n"
+_HEADER = struct.Struct("<4sII")  # tag, bytes of the payload, its CRC-32
+_FLUSH_BYTES = 64 * 1024
+_FLUSH_SECONDS = 1.0
+_PER_LAYER_META = ("n_experts", "k", "n_slots", "expert_bytes")
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """Recorded routing, in token order.
+
+    ids : uint8 or uint16 (n_tokens, n_layers, k), best first; the dtype's maximum = not run
+    path : uint8 (n_tokens, n_layers), as in `Step`
+    step, sequence, position, token_id : int32 (n_tokens,); token_id -1 = unknown
+    is_decode : bool (n_tokens,): generated, not prompt
+    prompt_start : int32: the first token of each sequence
+    weights : float16 like ids, or None;  token_hash : uint32 (n_tokens,), or None
+    meta : model, n_experts, k, n_slots, expert_bytes (a list each, one number per layer), and more
+    """
+
+    ids: NDArray[np.unsignedinteger]
+    path: NDArray[np.uint8]
+    step: NDArray[np.int32]
+    sequence: NDArray[np.int32]
+    position: NDArray[np.int32]
+    token_id: NDArray[np.int32]
+    is_decode: NDArray[np.bool_]
+    prompt_start: NDArray[np.int32]
+    weights: NDArray[np.float16] | None = None
+    token_hash: NDArray[np.uint32] | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.ids)
+
+    @property
+    def n_layers(self) -> int:
+        return int(self.ids.shape[1])
+
+    def experts(self, start: int = 0, stop: int | None = None) -> NDArray[np.int32]:
+        """Return ids as int32 with -1 = not run."""
+        part = self.ids[start:stop]
+        ids = part.astype(np.int32)
+        ids[part == np.iinfo(self.ids.dtype).max] = -1
+        return ids
+
+    def step_bounds(self) -> NDArray[np.int64]:
+        """Return where each step starts, and at the end the number of tokens."""
+        changes = np.flatnonzero(np.diff(self.step)) + 1
+        first = [0] if self.n_tokens else []
+        return np.concatenate((first, changes, [self.n_tokens])).astype(np.int64)
+
+    def slice(self, start: int, stop: int) -> Trace:
+        """Return the tokens from `start` up to `stop`, as a view."""
+        cut = slice(start, stop)
+        starts = self.prompt_start[(self.prompt_start >= start) & (self.prompt_start < stop)] - start
+        return replace(
+            self,
+            ids=self.ids[cut],
+            path=self.path[cut],
+            step=self.step[cut],
+            sequence=self.sequence[cut],
+            position=self.position[cut],
+            token_id=self.token_id[cut],
+            is_decode=self.is_decode[cut],
+            prompt_start=starts.astype(np.int32),
+            weights=None if self.weights is None else self.weights[cut],
+            token_hash=None if self.token_hash is None else self.token_hash[cut],
+        )
+
+    def hash(self) -> str:
+        """Return the SHA-256 of the routing: of experts, paths and steps, whatever the dtype of ids."""
+        digest = hashlib.sha256(repr(self.ids.shape).encode())
+        for start in range(0, self.n_tokens, 4096):
+            stop = start + 4096
+            for array in (self.experts(start, stop), self.path[start:stop], self.step[start:stop]):
+                digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write the .npz file in one go."""
+        arrays: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in (*_ROW_COLUMNS, "prompt_start", "weights", "token_hash")
+            if getattr(self, name) is not None
+        }
+        arrays["meta"] = np.array(json.dumps(dict(self.meta)))
+        try:
+            np.savez_compressed(path, **arrays)
+        except OSError as error:
+            raise TraceError(f"trace {path} cannot be written: {error}") from error
+
+
+_ROW_COLUMNS = ("ids", "path", "step", "sequence", "position", "token_id", "is_decode")
+
+
+def geometry_meta(geometry: Geometry) -> dict[str, list[int]]:
+    """Return the part of a trace's meta that tells the model's layers and slots."""
+    return {name: getattr(geometry, name).tolist() for name in _PER_LAYER_META}
+
+
+class TraceWriter:
+    """Record steps into PATH.part and turn that into the .npz PATH when closed.
+
+    Memory stays bounded by one block. A block reaches the file when 64 KB are waiting, when a second has
+    passed since the last one, and at `close`. An old PATH.part is lost at once, an old PATH at `close`.
+
+    Parameters
+    ----------
+    meta
+        Must hold the lists n_experts, k, n_slots and expert_bytes (see `geometry_meta`); JSON values.
+    """
+
+    def __init__(self, path: str | Path, meta: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.part = self.path.with_name(self.path.name + ".part")
+        missing = [key for key in _PER_LAYER_META if key not in meta]
+        if missing:
+            raise TraceError(f"trace {self.path}: meta lacks {', '.join(missing)}")
+        self.meta = {"format": FORMAT, "version": VERSION, **meta}
+        n_experts = max(self.meta["n_experts"], default=0)
+        if n_experts > np.iinfo(np.uint16).max:
+            raise TraceError(f"trace {self.path}: {n_experts} experts do not fit the format's uint16")
+        fits_byte = n_experts <= np.iinfo(np.uint8).max
+        self._ids_dtype: np.dtype[Any] = np.dtype(np.uint8 if fits_byte else np.uint16)
+        self._not_run = np.iinfo(np.uint8).max if fits_byte else np.iinfo(np.uint16).max
+        self._columns: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
+        self._waiting: list[dict[str, NDArray[Any]]] = []
+        self._waiting_bytes = 0
+        self._step = 0
+        self._written_at = time.monotonic()
+        try:
+            self._file: IO[bytes] | None = self.part.open("wb")
+            self._file.write(_MAGIC)
+            self._file.flush()
+        except OSError as error:
+            raise TraceError(f"trace {self.path} cannot be recorded: {error}") from error
+
+    def __enter__(self) -> TraceWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def append(self, step: Step, is_decode: NDArray[np.bool_] | None = None) -> None:
+        """Record one step.
+
+        Parameters
+        ----------
+        is_decode
+            bool (n_tokens,): generated tokens. None: those that are alone of their sequence in the step and
+            not at position 0, which takes a prompt fed token by token for generated text.
+        """
+        if self._file is None:
+            raise TraceError(f"trace {self.path} is closed")
+        if not step.n_tokens:
+            return
+        rows = self._rows(step, is_decode)
+        columns = {name: (array.dtype, array.shape[1:]) for name, array in rows.items()}
+        if not self._columns:
+            self._columns = columns
+            layout = {name: [dtype.str, list(shape)] for name, (dtype, shape) in columns.items()}
+            self._write(b"META", json.dumps({"meta": self.meta, "columns": layout}).encode())
+        elif columns != self._columns:
+            raise TraceError(f"trace {self.path}: a step holds {columns}, the steps before {self._columns}")
+        self._step += 1
+        self._waiting.append(rows)
+        self._waiting_bytes += sum(array.nbytes for array in rows.values())
+        if self._waiting_bytes >= _FLUSH_BYTES or time.monotonic() - self._written_at >= _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand what waits to the operating system."""
+        if not self._waiting:
+            return
+        waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
+        n_tokens = sum(len(rows["step"]) for rows in waiting)
+        payload = [struct.pack("<I", n_tokens)]
+        payload += [rows[name].tobytes() for name in self._columns for rows in waiting]
+        self._write(b"ROWS", b"".join(payload))
+
+    def close(self) -> None:
+        """Write the .npz file and remove the .part; a second call does nothing.
+
+        If that fails, the .part stays and `load` reads it.
+        """
+        if self._file is None:
+            return
+        if not self._columns:
+            self._write(b"META", json.dumps({"meta": self.meta, "columns": {}}).encode())
+        self.flush()
+        self._file.close()
+        self._file = None
+        unfinished = self.path.with_name(self.path.name + ".tmp")
+        try:
+            _finish(self.part, unfinished, self._ids_dtype)
+            unfinished.replace(self.path)
+            self.part.unlink()
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            raise TraceError(
+                f"trace {self.path} cannot be written: {error}; what was recorded is kept in {self.part}"
+            ) from error
+
+    def _rows(self, step: Step, is_decode: NDArray[np.bool_] | None) -> dict[str, NDArray[Any]]:
+        ids = step.ids.astype(self._ids_dtype)
+        ids[(step.ids < 0) | (step.path[:, :, None] == NOT_RUN)] = self._not_run
+        if is_decode is None:
+            _, of, count = np.unique(step.sequences, return_inverse=True, return_counts=True)
+            is_decode = (count[of] == 1) & (step.positions != 0)
+        rows: dict[str, NDArray[Any]] = {
+            "ids": ids,
+            "path": step.path.astype(np.uint8),
+            "step": np.full(step.n_tokens, self._step, np.int32),
+            "sequence": step.sequences.astype(np.int32),
+            "position": step.positions.astype(np.int32),
+            "token_id": step.tokens.astype(np.int32),
+            "is_decode": np.asarray(is_decode, np.bool_),
+        }
+        if step.weights is not None:
+            rows["weights"] = step.weights.astype(np.float16)
+        return rows
+
+    def _write(self, tag: bytes, payload: bytes) -> None:
+        assert self._file is not None
+        try:
+            self._file.write(_HEADER.pack(tag, len(payload), zlib.crc32(payload)))
+            self._file.write(payload)
+            self._file.flush()
+        except OSError as error:
+            file, self._file = self._file, None
+            with contextlib.suppress(OSError):  # it tries to write the same bytes again
+                file.close()
+            raise TraceError(
+                f"trace {self.path} cannot be written: {error}; what came before is kept in {self.part}"
+            ) from error
+        self._written_at = time.monotonic()
+
+
+def load(path: str | Path) -> Trace:
+    """Read a trace: an .npz file, a .part file, or the .part that a killed recording of `path` left.
+
+    Also reads files without steps and paths, as one step for each token, on the pool path.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    if not path.exists() and part.exists():
+        path = part
+    try:
+        with path.open("rb") as file:
+            is_part = file.read(len(_MAGIC)) == _MAGIC
+        arrays = _load_part(path) if is_part else _load_npz(path)
+    except FileNotFoundError:
+        raise TraceError(f"trace {path} does not exist") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise TraceError(f"trace {path} cannot be read: {error}") from error
+    return _checked(path, arrays)
+
+
+def _load_npz(path: Path) -> dict[str, Any]:
+    if not zipfile.is_zipfile(path):
+        raise TraceError(f"trace {path} is not an .npz file, or one cut short")
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def _load_part(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        part = _Part(file, path)
+        arrays: dict[str, Any] = {
+            name: np.concatenate([np.empty((0, *shape), dtype), *part.column(name)])
+            for name, (dtype, shape) in part.columns.items()
+        }
+        arrays["meta"] = np.array(json.dumps(part.meta))
+    return arrays
+
+
+class _Part:
+    """The whole blocks of a .part file; a torn last one is left out, damage before it is an error."""
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self._file = file
+        self._blocks: list[tuple[int, int]] = []
+        size = os.fstat(file.fileno()).st_size
+        at = len(_MAGIC)
+        columns = None
+        while at + _HEADER.size <= size:
+            file.seek(at)
+            tag, length, checksum = _HEADER.unpack(file.read(_HEADER.size))
+            end = at + _HEADER.size + length
+            if end > size:
+                break
+            payload = file.read(length)
+            if zlib.crc32(payload) != checksum or tag not in (b"META", b"ROWS"):
+                if end == size:
+                    break
+                raise TraceError(f"trace {path} is damaged at byte {at}")
+            if tag == b"META":
+                head = json.loads(payload)
+                self.meta, columns = head["meta"], head["columns"]
+            else:
+                self._blocks.append((at + _HEADER.size + 4, struct.unpack_from("<I", payload)[0]))
+            at = end
+        if columns is None:
+            raise TraceError(
+                f"trace {path} holds nothing: its recording ended before the first token was written"
+            )
+        self.columns = {name: (np.dtype(dtype), tuple(shape)) for name, (dtype, shape) in columns.items()}
+        self.n_tokens = sum(n for _, n in self._blocks)
+
+    def column(self, name: str) -> Iterator[NDArray[Any]]:
+        """Yield the column block by block."""
+        before = 0
+        for other, (dtype, shape) in self.columns.items():
+            row_bytes = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+            if other == name:
+                break
+            before += row_bytes
+        for at, n in self._blocks:
+            self._file.seek(at + before * n)
+            yield np.frombuffer(self._file.read(row_bytes * n), dtype).reshape(n, *shape)
+
+
+def _finish(part_path: Path, path: Path, ids_dtype: np.dtype[Any]) -> None:
+    """Turn blocks into an .npz file, one column after the other, one block in memory."""
+    with (
+        part_path.open("rb") as file,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=4) as target,
+    ):
+        part = _Part(file, part_path)
+        columns = part.columns or _empty_columns(part.meta, ids_dtype)
+        for name, (dtype, shape) in columns.items():
+            with target.open(f"{name}.npy", "w", force_zip64=True) as member:
+                header = {"descr": dtype.str, "fortran_order": False, "shape": (part.n_tokens, *shape)}
+                np.lib.format.write_array_header_1_0(member, header)
+                for block in part.column(name) if part.columns else ():
+                    member.write(block.tobytes())
+        starts: list[NDArray[np.int64]] = []
+        seen = 0
+        for position in part.column("position") if part.columns else ():
+            starts.append(np.flatnonzero(position == 0) + seen)
+            seen += len(position)
+        whole = {
+            "prompt_start": _with_first(np.concatenate([np.empty(0, np.int64), *starts]), part.n_tokens),
+            "meta": np.array(json.dumps(part.meta)),
+        }
+        for name, array in whole.items():
+            with target.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+
+
+def _empty_columns(
+    meta: Mapping[str, Any], ids_dtype: np.dtype[Any]
+) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    n_layers = len(meta["n_experts"])
+    shapes: dict[str, tuple[DTypeLike, tuple[int, ...]]] = {
+        "ids": (ids_dtype, (n_layers, max(meta["k"], default=0))),
+        "path": (np.uint8, (n_layers,)),
+        "is_decode": (np.bool_, ()),
+    }
+    return {
+        name: (np.dtype(shapes.get(name, (np.int32,))[0]), shapes.get(name, (None, ()))[1])
+        for name in _ROW_COLUMNS
+    }
+
+
+def _with_first(starts: NDArray[np.integer], n_tokens: int) -> NDArray[np.int32]:
+    if n_tokens and (not len(starts) or starts[0] != 0):
+        starts = np.concatenate(([0], starts))
+    return starts.astype(np.int32)
+
+
+def _checked(path: Path, arrays: dict[str, Any]) -> Trace:
+    """Fill in what older files lack, and refuse what does not fit together."""
+
+    def fail(fault: str) -> TraceError:
+        return TraceError(f"trace {path}: {fault}")
+
+    try:
+        meta = json.loads(str(arrays.get("meta", "{}")))
+    except ValueError:
+        raise fail("meta is not JSON") from None
+    if not isinstance(meta, dict):
+        raise fail("meta is not a JSON object")
+    if meta.get("format", FORMAT) != FORMAT or meta.get("version", VERSION) != VERSION:
+        raise fail(
+            f"format {meta.get('format')!r} version {meta.get('version')!r}; this reads {FORMAT!r} {VERSION}"
+        )
+    if "ids" not in arrays:
+        if meta.get("format") == FORMAT:  # a recording that was killed before its first token
+            empty = _empty_columns(meta, np.dtype(np.uint8))
+            arrays |= {name: np.empty((0, *shape), dtype) for name, (dtype, shape) in empty.items()}
+        else:
+            raise fail(f"has no array 'ids' (it holds {', '.join(sorted(arrays)) or 'nothing'})")
+    ids = arrays["ids"]
+    if ids.ndim != 3 or ids.dtype not in (np.dtype(np.uint8), np.dtype(np.uint16)):
+        raise fail(f"ids is {ids.dtype} of shape {ids.shape}; expected uint8 or uint16 (tokens, layers, k)")
+    n_tokens, n_layers, max_k = ids.shape
+    not_run = ids == np.iinfo(ids.dtype).max
+    for key in ("n_experts", "k"):
+        meta[key] = _per_layer(meta.get(key), n_layers)
+    if meta["n_experts"] is None or meta["k"] is None or max(meta["k"], default=0) > max_k:
+        raise fail(f"meta must give n_experts and k, at most {max_k}, of {n_layers} layers")
+    for key in ("n_slots", "expert_bytes"):
+        meta[key] = _per_layer(meta.get(key), n_layers)
+    beyond = (ids >= np.array(meta["n_experts"], np.int64)[:, None]) & ~not_run
+    if beyond.any():
+        token, layer, rank = np.argwhere(beyond)[0]
+        raise fail(
+            f"token {token} routes to expert {ids[token, layer, rank]} in layer {layer}, "
+            f"which has {meta['n_experts'][layer]}"
+        )
+    token_axis = np.arange(n_tokens, dtype=np.int32)
+    given = arrays.get("prompt_start", np.zeros(0, np.int32))
+    starts = _with_first(
+        np.flatnonzero(arrays["position"] == 0) if "position" in arrays and not len(given) else given,
+        n_tokens,
+    )
+    sequence = (np.searchsorted(starts, token_axis, side="right") - 1).astype(np.int32)
+    ran = (
+        np.where(not_run.all(axis=2), NOT_RUN, POOL).astype(np.uint8)
+        if n_tokens
+        else np.empty((0, n_layers), np.uint8)
+    )
+    columns: dict[str, NDArray[Any]] = {
+        "path": ran,
+        "step": token_axis,
+        "sequence": sequence,
+        "position": token_axis - starts[sequence] if n_tokens else token_axis,
+        "token_id": np.full(n_tokens, -1, np.int32),
+        "is_decode": np.ones(n_tokens, np.bool_),
+    }
+    for name, default in columns.items():
+        array = arrays.get(name, default)
+        if array.shape != default.shape or array.dtype.kind not in "iub":
+            raise fail(
+                f"{name} is {array.dtype} of shape {array.shape}; expected {default.dtype} {default.shape}"
+            )
+        columns[name] = array.astype(default.dtype, copy=False)
+    if (columns["path"] > BYPASS).any():
+        raise fail(f"path holds {columns['path'].max()}; expected 0 to {BYPASS}")
+    if (np.diff(columns["step"]) < 0).any():
+        raise fail("step goes backwards")
+    weights = arrays.get("weights")
+    if weights is not None and weights.shape != ids.shape:
+        raise fail(f"weights have shape {weights.shape}; expected {ids.shape}")
+    return Trace(
+        ids=ids,
+        prompt_start=starts,
+        weights=weights,
+        token_hash=arrays.get("token_hash"),
+        meta=meta,
+        **columns,
+    )
+
+
+def _per_layer(value: Any, n_layers: int) -> list[int] | None:
+    if isinstance(value, int):
+        return [value] * n_layers
+    if isinstance(value, list) and len(value) == n_layers and all(isinstance(item, int) for item in value):
+        return value
+    return None
