@@ -1,0 +1,264 @@
+"""Configuration: a YAML file, or the name of a policy, to a checked, frozen value."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import ArrayLike, NDArray
+
+from fate_policy import checks, registry
+from fate_policy.base import Policy
+from fate_policy.errors import PolicyConfigError
+
+MODES = ("table", "callback", "off")
+
+_SLOTS_ALLOWED = (
+    "a count of 1 or more (8), a share (25%), the pool's size (4GiB, 512MiB), "
+    "a count for each layer ([8, 8, 16]), or auto"
+)
+_UNITS = {"": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("", 1024), ("i", 1024), ("iB", 1024), ("B", 1000))
+}
+
+
+@dataclass(frozen=True)
+class Slots:
+    """How many experts of each layer have a slot, as configured.
+
+    kind : "count", "percent", "bytes", "list" or "auto"
+    values : the count, the percentage, the bytes of the whole pool, the count of each layer, or nothing
+    """
+
+    kind: str
+    values: tuple[Fraction, ...] = ()
+
+    @classmethod
+    def parse(cls, value: Any) -> Slots:
+        """Read 8, "25%", "4GiB", [4, 8, 8], "4,8,8" or "auto"."""
+        if isinstance(value, Slots):
+            return value
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return cls("count", (Fraction(value),))
+        if isinstance(value, (list, tuple)) and value:
+            counts = [cls.parse(item) for item in value]
+            if all(count.kind == "count" for count in counts):
+                return cls("list", tuple(count.values[0] for count in counts))
+        if isinstance(value, str):
+            return cls._parse_text(value)
+        raise checks.bad_value("slots", value, _SLOTS_ALLOWED)
+
+    @classmethod
+    def _parse_text(cls, text: str) -> Slots:
+        plain = text.replace(" ", "")
+        if plain == "auto":
+            return cls("auto")
+        if re.fullmatch(r"0*[1-9]\d*", plain):
+            return cls("count", (Fraction(plain),))
+        if re.fullmatch(r"\d+(,\d+)+", plain):
+            return cls.parse([int(count) for count in plain.split(",")])
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)(%|[KMGT](?:iB?|B)?|B)", plain)
+        if match and (amount := Fraction(match[1])) > 0:
+            if match[2] == "%":
+                if amount <= 100:
+                    return cls("percent", (amount,))
+            else:
+                return cls("bytes", (amount * _UNITS["" if match[2] == "B" else match[2]],))
+        raise checks.bad_value("slots", text, _SLOTS_ALLOWED)
+
+    def resolve(
+        self, n_experts: ArrayLike, k: ArrayLike, expert_bytes: ArrayLike, free_bytes: int | None = None
+    ) -> NDArray[np.int32]:
+        """Return the slots of each layer of a model, int32 (n_layers,), never more than its experts.
+
+        Bytes are shared out as the same number of slots in every layer. `auto` takes the `free_bytes`.
+        Fewer slots than a layer's experts per token, or a count above every layer's experts, is an error.
+        """
+        experts = np.asarray(n_experts, np.int64)
+        least = np.asarray(k, np.int64)
+        if not len(experts):
+            return np.empty(0, np.int32)
+        if self.kind == "count" or self.kind == "list":
+            slots = np.array([int(value) for value in self.values], np.int64)
+            if self.kind == "list" and len(slots) != len(experts):
+                raise checks.bad_value("slots", str(self), f"{len(experts)} counts, one for each layer")
+            limit = experts if self.kind == "list" else experts.max()
+            if (slots > limit).any():
+                raise checks.bad_value(
+                    "slots", str(self), f"at most {int(experts.max())}, the number of experts in a layer"
+                )
+            slots = np.minimum(slots, experts)
+        elif self.kind == "percent":
+            slots = np.array([int(n * self.values[0] / 100) for n in experts.tolist()], np.int64)
+        else:
+            slots = self._share_out(experts, np.asarray(expert_bytes, np.int64), free_bytes)
+        if (slots < least).any():
+            layer = int(np.argmax(slots < least))
+            raise PolicyConfigError(
+                f"slots: {self} gives layer {layer} {slots[layer]} slots for {experts[layer]} experts, but a "
+                f"token uses {least[layer]} of them; {self._minimum(experts, least, expert_bytes)}"
+            )
+        return slots.astype(np.int32)
+
+    def _share_out(
+        self, experts: NDArray[np.int64], expert_bytes: NDArray[np.int64], free_bytes: int | None
+    ) -> NDArray[np.int64]:
+        if self.kind == "bytes":
+            capacity = int(self.values[0])
+        elif free_bytes is None:
+            raise checks.bad_value("slots", "auto", "a size: how much memory is free is not known here")
+        else:
+            capacity = free_bytes
+        low, high = 0, int(experts.max())
+        while low < high:
+            middle = (low + high + 1) // 2
+            if int((np.minimum(middle, experts) * expert_bytes).sum()) <= capacity:
+                low = middle
+            else:
+                high = middle - 1
+        return np.minimum(low, experts)
+
+    def _minimum(self, experts: NDArray[np.int64], least: NDArray[np.int64], expert_bytes: ArrayLike) -> str:
+        if self.kind in ("bytes", "auto"):
+            need = int((np.minimum(least.max(), experts) * np.asarray(expert_bytes, np.int64)).sum())
+            return f"the minimum is {need} bytes"
+        if self.kind == "percent":
+            share = max(
+                Fraction(100 * need, n) for need, n in zip(least.tolist(), experts.tolist(), strict=True)
+            )
+            return f"the minimum is {float(share):g}%"
+        return f"the minimum is {least.max()}"
+
+    def __str__(self) -> str:
+        if self.kind == "auto":
+            return "auto"
+        text = ",".join(f"{float(value):g}" if value.denominator > 1 else str(value) for value in self.values)
+        return text + {"percent": "%", "bytes": "B"}.get(self.kind, "")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A checked configuration; only the policy's own parameters are left to `make_policy` to check."""
+
+    policy: str
+    params: Mapping[str, Any]
+    mode: str
+    slots: Slots
+    sync: bool
+    refresh_tokens: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, fit for JSON or YAML, that say what was resolved."""
+        return {
+            "policy": self.policy,
+            "params": dict(self.params),
+            "mode": self.mode,
+            "slots": str(self.slots),
+            "sync": self.sync,
+            "refresh_tokens": self.refresh_tokens,
+        }
+
+
+@functools.cache
+def _reference() -> dict[str, Any]:
+    text = Path(__file__).with_name("reference.yaml").read_text(encoding="utf-8")
+    reference: dict[str, Any] = yaml.safe_load(text)
+    return reference
+
+
+def load(path_or_name: str | Path = "lru", overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a configuration file, or take a policy's name and the defaults.
+
+    Parameters
+    ----------
+    path_or_name
+        A .yaml or .yml file, or anything with a path separator in it, is a file; all else names a policy.
+    overrides
+        Keys of the file that win over it, such as `{"slots": "25%", "frequency": {"lfru": True}}`; a
+        mapping is merged into the file's.
+    """
+    reference = _reference()
+    text = str(path_or_name)
+    is_file = (
+        isinstance(path_or_name, Path) or text.endswith((".yaml", ".yml")) or "/" in text or "\\" in text
+    )
+    given = _read(Path(text)) if is_file else {"policy": text}
+    merged = dict(reference)
+    for source in (given, overrides or {}):
+        for key, value in source.items():
+            merged[key] = _merge(key, merged, value)
+    policy = merged["policy"]
+    if not isinstance(policy, str):
+        raise checks.bad_value("policy", policy, "a name")
+    params = merged[policy] if policy in registry.BUILT_IN else merged["params"]
+    if policy in registry.BUILT_IN and merged["params"]:
+        raise PolicyConfigError(
+            f"params: is for own policies; write the parameters of {policy} under `{policy}:`"
+        )
+    mode = "off" if merged["mode"] is False else merged["mode"]  # YAML 1.1 reads a bare `off` as false
+    return Config(
+        policy=policy,
+        params=dict(params),
+        mode=checks.choice("mode", mode, MODES),
+        slots=Slots.parse(merged["slots"]),
+        sync=checks.flag("sync", merged["sync"]),
+        refresh_tokens=checks.integer("refresh_tokens", merged["refresh_tokens"], minimum=1),
+    )
+
+
+def make_policy(config: Config) -> Policy:
+    """Construct the policy that a configuration names."""
+    policy = registry.get(config.policy)
+    known = registry.params_of(policy)
+    for key in config.params:
+        if key not in known:
+            raise checks.unknown_name(f"parameter of policy {config.policy}:", key, known)
+    return policy(**config.params)
+
+
+def _merge(key: Any, merged: Mapping[str, Any], value: Any) -> Any:
+    reference = _reference()
+    if key not in reference:
+        raise checks.unknown_name("key", key, reference)
+    if not isinstance(reference[key], dict):
+        return value
+    if value is None:
+        value = {}
+    if not isinstance(value, Mapping):
+        raise checks.bad_value(key, value, "a mapping of parameters")
+    for parameter in value:
+        if key != "params" and parameter not in reference[key]:
+            raise checks.unknown_name(f"key under {key}:", parameter, reference[key])
+    return {**merged[key], **value}
+
+
+def _read(path: Path) -> dict[Any, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PolicyConfigError(f"policy file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PolicyConfigError(f"policy file {path} cannot be read: {error}") from None
+    except yaml.constructor.ConstructorError as error:
+        where = f" at line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise PolicyConfigError(
+            f"policy file {path}: only plain values are allowed, no tags or objects{where}: {error.problem}"
+        ) from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
+        raise PolicyConfigError(f"policy file {path} is not YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise PolicyConfigError(
+            f"policy file {path}: expected keys and values, found {type(content).__name__}"
+        )
+    return content
