@@ -1,0 +1,228 @@
+"""Drive a policy through a recorded trace; gives the engine's own counters."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fate_policy import registry
+from fate_policy.base import BYPASS, NOT_RUN, POOL, STAGED, Geometry, OfflinePolicy, Policy, Step
+from fate_policy.checks import bad_value, choice, flag
+from fate_policy.config import Slots
+from fate_policy.counters import Counters
+from fate_policy.driver import Driver
+from fate_policy.errors import TraceError
+from fate_policy.rule import LayerTable
+from fate_policy.trace import Trace
+
+
+def replay(
+    trace: Trace,
+    policy: Policy | str,
+    *,
+    n_slots: Any = None,
+    mode: str | None = None,
+    sync: bool = True,
+    refresh_tokens: int = 1,
+) -> Counters:
+    """Return what the engine would count on this trace.
+
+    Parameters
+    ----------
+    policy
+        A policy, or the name of one that needs no parameters.
+    n_slots
+        Slots per layer, as in a configuration (8, "25%", [4, 8], "4GiB"). None: those of the recording.
+        With others a step goes past the pool where it no longer fits, and through it where it now does.
+    mode
+        "table" or "callback"; None: table. A policy that knows the future is always asked.
+    sync
+        True: scores act from the next step on, as with `sync: true`; False: one step later.
+    """
+    if isinstance(policy, str):
+        policy = registry.get(policy)()
+    geometry = geometry_of(trace, n_slots)
+    mode = choice("mode", "table" if mode is None else mode, ("table", "callback"))
+    path = _paths(trace, geometry)
+    if isinstance(policy, OfflinePolicy):
+        mode = "callback"
+        policy.foresee(*_needs(trace, geometry, path))
+    driver = Driver(policy, geometry, mode, refresh_tokens, replay=True)
+    run = _Replay(geometry, driver)
+    flag("sync", sync)
+    behind: Step | None = None
+    bounds = trace.step_bounds().tolist()
+    for start, stop in pairwise(bounds):
+        step = run.step(trace, start, stop, path[start:stop])
+        due = step if sync or mode == "callback" else behind
+        behind = step
+        if due is not None:
+            driver.observe(due)
+            if (published := driver.publish()) is not None:
+                run.publish(*published)
+    return run.counters
+
+
+def geometry_of(trace: Trace, n_slots: Any = None) -> Geometry:
+    """Return the layers of a trace with the slots asked for, by default those of the recording.
+
+    Where the trace does not tell an expert's bytes they are 0.
+    """
+    meta = trace.meta
+    expert_bytes = np.array(meta["expert_bytes"] or [0] * trace.n_layers, np.int64)
+    if n_slots is None:
+        if meta["n_slots"] is None:
+            raise TraceError("the trace does not say how many slots it was recorded with; give n_slots")
+        slots = np.array(meta["n_slots"], np.int32)
+    else:
+        parsed = Slots.parse(n_slots.tolist() if isinstance(n_slots, (np.ndarray, np.integer)) else n_slots)
+        if parsed.kind == "bytes" and not expert_bytes.any():
+            raise bad_value(
+                "n_slots", n_slots, "a count or a share: the trace does not tell an expert's bytes"
+            )
+        slots = parsed.resolve(meta["n_experts"], meta["k"], expert_bytes)
+    return Geometry(
+        n_experts=np.array(meta["n_experts"], np.int32),
+        k=np.array(meta["k"], np.int32),
+        n_slots=slots,
+        expert_bytes=expert_bytes,
+    )
+
+
+class _Replay:
+    def __init__(self, geometry: Geometry, driver: Driver) -> None:
+        self.geometry = geometry
+        self.driver = driver
+        self.counters = Counters.zeros(geometry.n_layers)
+        self.tables = [
+            LayerTable(n_experts, n_slots)
+            for n_experts, n_slots in zip(geometry.n_experts.tolist(), geometry.n_slots.tolist(), strict=True)
+        ]
+
+    def publish(self, scores: NDArray[np.float32], bonus: NDArray[np.float32]) -> None:
+        for layer, table in enumerate(self.tables):
+            table.publish(scores[layer, : len(table.slot_of)], bonus[layer])
+
+    def step(self, trace: Trace, start: int, stop: int, path: NDArray[np.uint8]) -> Step:
+        ids = trace.experts(start, stop)
+        ids[path == NOT_RUN] = -1
+        hits = np.zeros(ids.shape, np.uint8)
+        fills: list[NDArray[np.int32]] = []
+        evictions: list[NDArray[np.int32]] = []
+        counters = self.counters
+        kinds = path.max(axis=0).tolist()
+        for layer, (table, kind) in enumerate(zip(self.tables, kinds, strict=True)):
+            if kind == NOT_RUN:
+                continue
+            ran = (best_last := ids[:, layer, ::-1]) >= 0
+            uses = best_last[ran]
+            if kind == POOL:
+                missed = np.zeros(ran.shape, np.bool_)
+                missed[ran] = self._bring(layer, uses, fills, evictions)
+                hits[:, layer, ::-1] = ran & ~missed
+                n_misses = int(missed.sum())
+                counters.misses[layer] += n_misses
+                counters.hits[layer] += len(uses) - n_misses
+                counters.rows[layer] += int(ran.any(axis=1).sum())
+                counters.rows_all_resident[layer] += int((ran.any(axis=1) & ~missed.any(axis=1)).sum())
+            else:
+                (counters.staged if kind == STAGED else counters.bypassed)[layer] += len(uses)
+            counters.routed[layer] += len(uses)
+            table.use(uses)
+        for layer, kind in enumerate(kinds):
+            if kind > POOL:
+                last = ids[_seeding_rows(path[:, layer], self.geometry, layer), layer, ::-1]
+                seeded = self._bring(layer, last[last >= 0], fills, evictions)
+                counters.seed_fills[layer] += int(seeded.sum())
+        counters.tokens += stop - start
+        counters.steps += 1
+        return Step(
+            ids=ids,
+            path=path,
+            weights=None if trace.weights is None else trace.weights[start:stop].astype(np.float32),
+            tokens=trace.token_id[start:stop],
+            positions=trace.position[start:stop],
+            sequences=trace.sequence[start:stop],
+            hits=hits,
+            fills=_stack(fills),
+            evictions=_stack(evictions),
+        )
+
+    def _bring(
+        self,
+        layer: int,
+        uses: NDArray[np.int32],
+        fills: list[NDArray[np.int32]],
+        evictions: list[NDArray[np.int32]],
+    ) -> NDArray[np.bool_]:
+        table, driver = self.tables[layer], self.driver
+        asks = driver.mode == "callback"
+        miss, evicted = table.bring(
+            uses, (lambda n, pinned: driver.victims(layer, n, pinned, table.last_use)) if asks else None
+        )
+        filled = uses[miss]
+        for experts, moves, count, event in (
+            (evicted, evictions, self.counters.evictions, driver.drop),
+            (filled, fills, self.counters.fills, driver.admit),
+        ):
+            if len(experts):
+                count[layer] += len(experts)
+                moves.append(np.column_stack((np.full(len(experts), layer, np.int32), experts)))
+                if asks:
+                    event(layer, experts)
+        self.counters.bytes[layer] += len(filled) * self.geometry.expert_bytes[layer]
+        return miss
+
+
+def _stack(moves: list[NDArray[np.int32]]) -> NDArray[np.int32]:
+    return np.concatenate(moves) if moves else np.empty((0, 2), np.int32)
+
+
+def _seeding_rows(path: NDArray[np.uint8], geometry: Geometry, layer: int) -> NDArray[np.intp]:
+    """Return the last rows of a step that together fit a layer's slots."""
+    return np.flatnonzero(path != NOT_RUN)[-(geometry.n_slots[layer] // geometry.k[layer]) :]
+
+
+def _paths(trace: Trace, geometry: Geometry) -> NDArray[np.uint8]:
+    """Return the path of every token and layer with the slots of `geometry`.
+
+    A step that fitted its recorded slots and still went past the pool met another limit, and keeps its path.
+    """
+    recorded = trace.path
+    if not trace.n_tokens:
+        return recorded
+    bounds = trace.step_bounds()
+    rows = np.add.reduceat(recorded != NOT_RUN, bounds[:-1], axis=0, dtype=np.int64)
+    pairs = np.repeat(rows, np.diff(bounds), axis=0) * geometry.k
+    fits = pairs <= geometry.n_slots
+    recorded_slots = trace.meta["n_slots"]
+    past = STAGED if (recorded == STAGED).any() else BYPASS
+    path = np.where((recorded == POOL) & ~fits, past, recorded)
+    if recorded_slots is not None:
+        fitted = pairs <= np.array(recorded_slots)
+        if ((recorded == POOL) & ~fitted).any():
+            token, layer = np.argwhere((recorded == POOL) & ~fitted)[0]
+            raise TraceError(
+                f"the trace contradicts itself: the step of token {token} put {pairs[token, layer]} uses on "
+                f"the pool path of layer {layer}, which had {recorded_slots[layer]} slots"
+            )
+        path = np.where((recorded > POOL) & fits & ~fitted, POOL, path)
+    return path.astype(np.uint8)
+
+
+def _needs(
+    trace: Trace, geometry: Geometry, path: NDArray[np.uint8]
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Return what `OfflinePolicy.foresee` is told."""
+    needs = trace.experts()
+    needs[path == NOT_RUN] = -1
+    bounds = trace.step_bounds()
+    step = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+    for start, stop in pairwise(bounds.tolist()):
+        for layer in np.flatnonzero((path[start:stop] > POOL).any(axis=0)).tolist():
+            seeds = _seeding_rows(path[start:stop, layer], geometry, layer)
+            needs[start : start + seeds[0], layer] = -1
+    return needs, step

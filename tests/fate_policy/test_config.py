@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fate_policy import config as config_module
+from fate_policy import registry
+from fate_policy.config import Config, Slots, load, make_policy
+from fate_policy.errors import PolicyConfigError
+from fate_policy.frequency import Frequency
+
+REFERENCE = Path(config_module.__file__).with_name("reference.yaml")
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "policy.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_reference_is_the_defaults() -> None:
+    assert (
+        load(REFERENCE) == load() == Config("lru", {}, "table", Slots("percent", (Fraction(50),)), False, 1)
+    )
+
+
+def test_reference_has_a_block_for_every_built_in_policy() -> None:
+    keys = yaml.safe_load(REFERENCE.read_text(encoding="utf-8"))
+    general = {"policy", "mode", "slots", "sync", "refresh_tokens", "params"}
+    assert set(keys) - general == set(registry.BUILT_IN)
+
+
+def test_a_file_says_what_differs(tmp_path: Path) -> None:
+    path = written(tmp_path, "policy: frequency\nslots: 25%\nfrequency: {half_life_tokens: 64}\n")
+    assert load(path).as_dict() == {
+        "policy": "frequency",
+        "params": {"half_life_tokens": 64, "lfru": False},
+        "mode": "table",
+        "slots": "25%",
+        "sync": False,
+        "refresh_tokens": 1,
+    }
+    policy = make_policy(load(str(path)))
+    assert isinstance(policy, Frequency)
+    assert policy.half_life_tokens == 64
+
+
+def test_overrides_win_and_merge(tmp_path: Path) -> None:
+    path = written(tmp_path, "policy: frequency\nslots: 25%\nfrequency: {half_life_tokens: 64}\n")
+    config = load(path, {"slots": 8, "mode": "callback", "frequency": {"lfru": True}})
+    assert (str(config.slots), config.mode) == ("8", "callback")
+    assert config.params == {"half_life_tokens": 64, "lfru": True}
+
+
+def test_a_name_is_enough() -> None:
+    assert load("random").params == {"seed": 0}
+    assert load("random", {"random": {"seed": 3}}).params == {"seed": 3}
+
+
+def test_off_may_be_bare(tmp_path: Path) -> None:
+    """YAML 1.1 reads a bare `off` as false."""
+    assert load(written(tmp_path, "mode: off")).mode == "off"
+    assert load("lru", {"mode": "off"}).mode == "off"
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    assert load(written(tmp_path, "# nothing\n")) == load()
+    assert load(written(tmp_path, "lru:\nparams:\n")) == load()
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("polcy: lru", "unknown key 'polcy'; did you mean 'policy'"),
+        (
+            "frequency: {half_life: 3}",
+            "unknown key under frequency: 'half_life'; did you mean 'half_life_tokens'",
+        ),
+        ("3: lru", "unknown key 3"),
+        ("lru: {seed: 1}", "unknown key under lru: 'seed'"),
+        ("policy: [lru]", r"policy: \['lru'\] is not allowed; expected a name"),
+        (
+            "mode: tabel",
+            "mode: 'tabel' is not allowed; expected one of table, callback, off; did you mean 'table'",
+        ),
+        ("mode: [table]", "mode"),
+        ("sync: 1", "sync: 1 is not allowed; expected true or false"),
+        ("refresh_tokens: 0", "refresh_tokens: 0 is not allowed; expected a whole number, 1 or more"),
+        ("refresh_tokens: 2.5", "refresh_tokens: 2.5 is not allowed"),
+        ("frequency: 16", "frequency: 16 is not allowed; expected a mapping"),
+        ("slots: many", "slots: 'many' is not allowed; expected a count"),
+        ("params: {a: 1}", "params: is for own policies; write the parameters of lru under `lru:`"),
+        ("- lru", "expected keys and values, found list"),
+        ("lru", "expected keys and values, found str"),
+        ("policy: 'lru", "is not YAML"),
+        ("policy: lru\n\tmode: off", "is not YAML"),
+        ("slots: 2020-13-45", "is not YAML"),
+        ("policy: !!python/object/apply:os.system ['true']", "only plain values are allowed.*line 1"),
+        ("policy: lru\nlru: !!python/name:os.system", "only plain values are allowed.*line 2"),
+        ("policy: !own lru", "only plain values are allowed"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, fault: str) -> None:
+    with pytest.raises(PolicyConfigError, match=f"(?s){fault}"):
+        load(written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "fault"),
+    [
+        (
+            "frequency",
+            {"half_life_tokens": 0},
+            "half_life_tokens: 0 is not allowed; expected a number greater than 0",
+        ),
+        ("frequency", {"half_life_tokens": "16"}, "half_life_tokens: '16'"),
+        ("frequency", {"half_life_tokens": True}, "half_life_tokens: True"),
+        ("frequency", {"half_life_tokens": float("inf")}, "half_life_tokens: inf"),
+        ("frequency", {"lfru": "yes"}, "lfru: 'yes' is not allowed; expected true or false"),
+        ("random", {"seed": -1}, "seed: -1 is not allowed; expected a whole number, 0 or more"),
+        ("random", {"seed": 1.0}, "seed: 1.0"),
+        ("static", {}, "profile: None is not allowed; expected the path"),
+        ("static", {"profile": 3}, "profile: 3"),
+    ],
+)
+def test_bad_parameters(name: str, params: dict[str, Any], fault: str) -> None:
+    with pytest.raises(PolicyConfigError, match=fault):
+        make_policy(load(name, {name: params}))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.yaml", str(tmp_path / "none"), "none.yml"):
+        with pytest.raises(PolicyConfigError, match=r"none.* does not exist"):
+            load(path)
+
+
+def test_a_folder_or_binary_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(PolicyConfigError, match="cannot be read"):
+        load(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00policy")
+    with pytest.raises(PolicyConfigError, match="cannot be read"):
+        load(tmp_path / "binary.yaml")
+
+
+def test_an_unreadable_file_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    load()
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(PolicyConfigError, match=r"cannot be read: .*Permission denied"):
+        load(tmp_path / "policy.yaml")
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "text"),
+    [
+        (8, "count", "8"),
+        ("8", "count", "8"),
+        ("25%", "percent", "25%"),
+        ("12.5 %", "percent", "12.5%"),
+        ("4GiB", "bytes", "4294967296B"),
+        ("1G", "bytes", "1073741824B"),
+        ("512MiB", "bytes", "536870912B"),
+        ("1.5KB", "bytes", "1500B"),
+        ("100B", "bytes", "100B"),
+        ([4, 8, 8], "list", "4,8,8"),
+        ("4, 8,8", "list", "4,8,8"),
+        ("auto", "auto", "auto"),
+    ],
+)
+def test_slots_parse(value: Any, kind: str, text: str) -> None:
+    slots = Slots.parse(value)
+    assert (slots.kind, str(slots)) == (kind, text)
+    assert Slots.parse(text) == slots
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        0,
+        -1,
+        0.5,
+        1.0,
+        True,
+        None,
+        "",
+        "0",
+        "0%",
+        "101%",
+        "-5%",
+        "8x",
+        "4 GiBs",
+        "0GiB",
+        [],
+        [4, 0],
+        [4, "25%"],
+        "4,",
+        "4,0",
+        {},
+    ],
+)
+def test_slots_refuse(value: Any) -> None:
+    with pytest.raises(PolicyConfigError, match=r"^slots: "):
+        Slots.parse(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "slots"),
+    [
+        (8, [8, 8]),
+        (20, [20, 16]),
+        ("50%", [16, 8]),
+        ("33.3%", [10, 5]),
+        ("100%", [32, 16]),
+        ([4, 16], [4, 16]),
+        ("3000B", [10, 10]),
+        ("3299B", [10, 10]),
+        ("1GiB", [32, 16]),
+        ("5200B", [20, 16]),
+    ],
+)
+def test_slots_resolve(value: Any, slots: list[int]) -> None:
+    assert Slots.parse(value).resolve([32, 16], [4, 4], [100, 200]).tolist() == slots
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        (3, "gives layer 0 3 slots for 32 experts.*the minimum is 4"),
+        ("10%", "gives layer 0 3 slots.*the minimum is 25%"),
+        ("1000B", "the minimum is 1200 bytes"),
+        ([4, 2], "gives layer 1 2 slots"),
+        (33, "slots: '33' is not allowed; expected at most 32"),
+        ([33, 4], "expected at most 32"),
+        ([8, 8, 8], "expected 2 counts"),
+        ("auto", "how much memory is free is not known here"),
+    ],
+)
+def test_slots_that_do_not_fit(value: Any, fault: str) -> None:
+    with pytest.raises(PolicyConfigError, match=fault):
+        Slots.parse(value).resolve([32, 16], [4, 4], [100, 200])
+
+
+def test_auto_slots_take_the_free_memory() -> None:
+    assert Slots.parse("auto").resolve([32, 16], [4, 4], [100, 200], free_bytes=3000).tolist() == [10, 10]
