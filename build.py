@@ -169,11 +169,14 @@ def answer(*command: str, timeout: float = 60, stdin: str | None = None) -> str 
 
 
 class Progress:
-    """One line that says what runs, how far it is and how long it will take."""
+    """One line that says what runs, how far it is and how long it takes; off a terminal one each 10 %."""
+
+    pause = 5.0  # seconds at least between two lines
 
     def __init__(self, title: str, out: IO[str] | None = None) -> None:
         self.title, self.out = title, out or sys.stdout
-        self.start, self.tenth, self.tty = time.monotonic(), 0, (out or sys.stdout).isatty()
+        self.start = self.written = time.monotonic()
+        self.tenth, self.tty = 0, self.out.isatty()
         if not self.tty:
             self._write(f"{title} ...\n")
 
@@ -183,8 +186,9 @@ class Progress:
             done, total = int(step[1]), int(step[2])
             left = f", about {clock(elapsed / done * (total - done))} left" if done else ""
             text = f"{self.title}: {done} of {total}, {clock(elapsed)}{left}"
-            if not self.tty and done * 10 // total > self.tenth:
-                self.tenth = done * 10 // total
+            late = time.monotonic() - self.written >= self.pause
+            if not self.tty and late and done * 10 // total > self.tenth:
+                self.tenth, self.written = done * 10 // total, time.monotonic()
                 self._write(f"  {text}\n")
         else:
             text = f"{self.title}: {clock(elapsed)}  {line.strip()}"

@@ -515,6 +515,7 @@ def test_progress_says_how_far_and_how_long() -> None:
     out = io.StringIO()
     progress = build.Progress("compiling", out)
     progress.start -= 60
+    progress.pause = 0.0
     for step in range(1, 21):
         progress.update(f"[{step}/20] cc x.c\n")
     progress.done()
