@@ -1,0 +1,90 @@
+"""The model file: the embedded one, and what can be said about a file before llama.cpp opens it."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+from typing import IO
+
+from fate_bind.errors import EngineError
+
+EMBEDDED = Path(__file__).resolve().parent / "models" / "tiny-moe-31m-q4_0.gguf"
+
+_STRING, _ARRAY = 8, 9
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of GGUF's value types
+_MAX_STRING = 1 << 32
+
+
+def check(path: str | Path) -> Path:
+    """Return the path if it is a GGUF file whose header is whole and whose tensors begin inside it."""
+    path = Path(path)
+    if path.is_dir():
+        raise EngineError(f"model {path} is a directory; expected a .gguf file")
+    if not path.exists():
+        raise EngineError(f"model {path} does not exist")
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+            if magic != b"GGUF":
+                raise EngineError(f"model {path} is not a GGUF file: it begins with {magic!r}")
+            size = os.fstat(file.fileno()).st_size
+            try:
+                end = _end_of_header_and_offsets(file)
+            except (EOFError, struct.error, KeyError, OverflowError):
+                raise EngineError(f"model {path} is cut short or damaged: its header does not end") from None
+    except OSError as error:
+        raise EngineError(f"model {path} cannot be read: {error}") from error
+    if end > size:
+        raise EngineError(f"model {path} is cut short: {size} bytes, but a tensor begins at byte {end}")
+    return path
+
+
+def _end_of_header_and_offsets(file: IO[bytes]) -> int:
+    version, n_tensors, n_keys = struct.unpack("<IQQ", _exactly(file, 20))
+    if not 2 <= version <= 3:
+        return 0  # another byte order or format: llama.cpp knows
+    alignment = 32
+    for _ in range(n_keys):
+        key = _string(file)
+        (kind,) = struct.unpack("<I", _exactly(file, 4))
+        if key == b"general.alignment" and kind == 4:
+            (alignment,) = struct.unpack("<I", _exactly(file, 4))
+        else:
+            _skip_value(file, kind)
+    last = 0
+    for _ in range(n_tensors):
+        _string(file)
+        (n_dims,) = struct.unpack("<I", _exactly(file, 4))
+        _exactly(file, 8 * n_dims + 4)
+        (offset,) = struct.unpack("<Q", _exactly(file, 8))
+        last = max(last, offset)
+    return (file.tell() + alignment - 1) // max(alignment, 1) * alignment + last if n_tensors else 0
+
+
+def _skip_value(file: IO[bytes], kind: int) -> None:
+    if kind == _STRING:
+        _string(file)
+    elif kind == _ARRAY:
+        of, n = struct.unpack("<IQ", _exactly(file, 12))
+        if of in (_STRING, _ARRAY):
+            for _ in range(n):
+                _skip_value(file, of)
+        else:
+            file.seek(n * _SIZES[of], os.SEEK_CUR)
+    else:
+        _exactly(file, _SIZES[kind])
+
+
+def _string(file: IO[bytes]) -> bytes:
+    (length,) = struct.unpack("<Q", _exactly(file, 8))
+    if length > _MAX_STRING:
+        raise EOFError
+    return _exactly(file, length)
+
+
+def _exactly(file: IO[bytes], n: int) -> bytes:
+    data = file.read(n)
+    if len(data) != n:
+        raise EOFError
+    return data

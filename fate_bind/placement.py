@@ -1,0 +1,76 @@
+"""Flags of llama.cpp that put the weights where a pool can serve them, unless the user decided that."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fate_bind import library
+
+MODEL_FLAGS = ("-m", "--model", "-mu", "--model-url", "-hf", "-hfr", "--hf-repo")
+_MODEL_VARIABLES = ("LLAMA_ARG_MODEL", "LLAMA_ARG_MODEL_URL", "LLAMA_ARG_HF_REPO")
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """Add `adds` unless one of the flags is there or one of the environment variables is set."""
+
+    adds: tuple[str, ...]
+    flags: tuple[str, ...]
+    variables: tuple[str, ...] = ()
+    needs_gpu: bool = False
+
+
+_EXPERTS = ("-cmoe", "--cpu-moe", "-ncmoe", "--n-cpu-moe", "-ot", "--override-tensor")
+_COMMON = (
+    # repacked weights cannot be copied expert by expert
+    _Rule(("--no-repack",), ("--repack", "-nr", "--no-repack"), ("LLAMA_ARG_REPACK", "LLAMA_ARG_NO_REPACK")),
+    # it would lay the weights out as if there were no pool
+    _Rule(("-fit", "off"), ("-fit", "--fit"), ("LLAMA_ARG_FIT",)),
+    _Rule(("-ngl", "999"), ("-ngl", "--gpu-layers", "--n-gpu-layers"), ("LLAMA_ARG_N_GPU_LAYERS",), True),
+    _Rule(
+        ("--cpu-moe",),
+        _EXPERTS,
+        ("LLAMA_ARG_CPU_MOE", "LLAMA_ARG_N_CPU_MOE", "LLAMA_ARG_OVERRIDE_TENSOR"),
+        True,
+    ),
+)
+_RULES = {
+    "completion": _COMMON,
+    "cli": _COMMON,
+    "server": _COMMON,
+    "perplexity": _COMMON,
+    "bench": (
+        _Rule(("--repack", "0"), ("--repack",)),
+        _Rule(("-ngl", "999"), ("-ngl", "--n-gpu-layers"), needs_gpu=True),
+        _Rule(("-ncmoe", "999"), _EXPERTS, needs_gpu=True),
+    ),
+    "quantize": (),
+}
+
+
+def has_gpu() -> bool:
+    ffi, lib = library.load()
+    return "CUDA" in library.text(ffi, lib.fate_system_info())
+
+
+def given(args: Sequence[str], flags: Sequence[str]) -> bool:
+    """Say whether one of the flags is among the arguments, in any spelling that llama.cpp takes."""
+    return any((arg.replace("_", "-") if arg.startswith("--") else arg) in flags for arg in args)
+
+
+def names_model(args: Sequence[str]) -> bool:
+    return given(args, MODEL_FLAGS) or any(os.environ.get(name) for name in _MODEL_VARIABLES)
+
+
+def flags(program: str, args: Sequence[str], gpu: bool) -> list[str]:
+    """Return what is to be added to a program's arguments."""
+    return [
+        flag
+        for rule in _RULES[program]
+        if (gpu or not rule.needs_gpu)
+        and not given(args, rule.flags)
+        and not any(name in os.environ for name in rule.variables)
+        for flag in rule.adds
+    ]

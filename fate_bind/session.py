@@ -1,0 +1,444 @@
+"""Session: open a model with or without the pool, generate, logits, stats, record."""
+
+from __future__ import annotations
+
+import codecs
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fate_bind import library, modelfile, placement
+from fate_bind.callbacks import Engine, Host
+from fate_bind.errors import EngineError
+from fate_bind.stats import Report, as_dict, not_engaged
+from fate_policy.base import Policy
+from fate_policy.config import Config, load
+from fate_policy.counters import Counters
+from fate_policy.driver import policy_name
+from fate_policy.trace import Trace
+
+Choice = str | Path | Config | Policy
+"""What names a policy: its name, "module:Class", a YAML file, a configuration, or an instance."""
+
+
+def resolve_config(
+    policy: Choice = "lru",
+    slots: Any = None,
+    mode: str | None = None,
+    sync: bool | None = None,
+) -> tuple[Config, Policy | None]:
+    """Return the configuration meant, and the policy's instance if one was given.
+
+    Parameters
+    ----------
+    slots, mode, sync
+        Win over the configuration's where they are not None.
+    """
+    given = {"slots": slots, "mode": mode, "sync": sync}
+    overrides = {key: value for key, value in given.items() if value is not None}
+    if isinstance(policy, Policy):
+        return replace(load("lru", overrides), policy=policy_name(policy)), policy
+    if isinstance(policy, Config):
+        checked = load("lru", overrides)
+        return replace(policy, **{key: getattr(checked, key) for key in overrides}), None
+    return load(policy, overrides), None
+
+
+class _Model:
+    """A loaded model, closed with the last session on it."""
+
+    def __init__(self, path: str | Path | None, args: Sequence[str], place: bool) -> None:
+        ffi, lib = library.load()
+        argv = ["fate", *args]
+        if path is not None:
+            argv += ["-m", str(modelfile.check(path))]
+        if place:
+            argv += placement.flags("completion", args, placement.has_gpu())
+        keep = [ffi.new("char[]", arg.encode()) for arg in argv]
+        handle = ffi.new("fate_model **")
+        library.check(lib.fate_model_open(len(keep), ffi.new("char *[]", keep), handle))
+        self.handle = handle[0]
+        self.n_sessions = 0
+
+    def release(self) -> None:
+        self.n_sessions -= 1
+        if self.n_sessions == 0:
+            library.load().lib.fate_model_close(self.handle)
+            self.handle = None
+
+
+class Session:
+    """A model and a context of llama.cpp on it, with the pool or without.
+
+    A context manager; one thread at a time. An exception of the policy's own is raised by the call during
+    which it happened, after which the run goes on as LRU.
+
+    Parameters
+    ----------
+    model
+        A .gguf file; None: the embedded model, unless `args` name one.
+    args
+        Flags of llama-completion, such as `["-c", "4096", "-t", "8"]`.
+    policy, slots, mode, sync
+        See `resolve_config`. The default is LRU over half of the experts.
+    record
+        Where to write the routing trace; True: a temporary file that lives as long as the session.
+    require
+        Raise `EngineError` if the pool does not engage.
+    fate
+        False: plain llama.cpp.
+    place
+        False: leave out the flags that place weights where the pool can serve them (`--no-repack -fit off`;
+        with a GPU also `-ngl 999 --cpu-moe`), so that only `args` count.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        args: Sequence[str] = (),
+        *,
+        policy: Choice = "lru",
+        slots: Any = None,
+        mode: str | None = None,
+        sync: bool | None = None,
+        record: str | Path | bool | None = None,
+        require: bool = False,
+        fate: bool = True,
+        place: bool = True,
+    ) -> None:
+        config, instance = resolve_config(policy, slots, mode, sync)
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        if record is True:
+            self._scratch = tempfile.TemporaryDirectory(prefix="fate-")
+            record = Path(self._scratch.name) / "trace.npz"
+        host = Host(config, instance, Path(record) if record else None, require) if fate else None
+        if model is None and not placement.names_model(args):
+            model = modelfile.EMBEDDED
+        self._open(_Model(model, args, place), host)
+
+    def _open(self, model: _Model, host: Host | None) -> None:
+        ffi, lib = library.load()
+        self._model = model
+        self._host = host
+        self._context: Any = None
+        model.n_sessions += 1
+        handle = ffi.new("fate_context **")
+        try:
+            if host is None:
+                self._check(lib.fate_context_open(model.handle, 0, handle))
+            else:
+                with host.configured():
+                    status = lib.fate_context_open(model.handle, 1, handle)
+                self._check(status)
+        except BaseException:
+            lib.fate_context_close(handle[0])
+            model.release()
+            raise
+        self._context = handle[0]
+        self.n_vocab = int(lib.fate_model_n_vocab(model.handle))
+        self.n_ctx = int(lib.fate_context_n_ctx(self._context))
+        self.n_batch = int(lib.fate_context_n_batch(self._context))
+        self.n_seq_max = int(lib.fate_context_n_seq_max(self._context))
+        self._is_empty = True
+
+    def fork(
+        self,
+        *,
+        fate: bool = True,
+        policy: Choice | None = None,
+        slots: Any = None,
+        mode: str | None = None,
+        sync: bool | None = None,
+        record: str | Path | None = None,
+        require: bool = False,
+    ) -> Session:
+        """Return a session with a context and pool of its own on the same loaded model.
+
+        By default it is configured as this one; both can be closed in any order.
+        """
+        other = Session.__new__(Session)
+        other._scratch = None
+        host = None
+        if fate:
+            if policy is None:
+                policy = self._host.config if self._host is not None else "lru"
+            config, instance = resolve_config(policy, slots, mode, sync)
+            host = Host(config, instance, Path(record) if record else None, require)
+        other._open(self._model, host)
+        return other
+
+    def close(self) -> None:
+        """Close the context, finish the recording, and close the model with its last session.
+
+        `stats`, `counters` and `record` go on answering. A second call does nothing.
+        """
+        if self._context is None:
+            return
+        context, self._context = self._context, None
+        library.load().lib.fate_context_close(context)
+        self._model.release()
+        if self._host is not None:
+            self._host.reraise()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self._host is not None:
+            self._host.failure = None  # one exception is under way already
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_context", None) is not None:
+            if self._host is not None:
+                self._host.failure = None
+            self.close()
+
+    # ------------------------------------------------------------------------------------------------ text
+
+    def tokenize(self, text: str, add_special: bool = True) -> NDArray[np.int32]:
+        """Return the token ids of a text. A model without a tokenizer raises `EngineError`."""
+        ffi, lib = library.load()
+        data = text.encode()
+        n = ffi.new("int32_t *")
+        tokens = np.empty(len(data) + 8, np.int32)
+        while True:
+            status = lib.fate_model_tokenize(
+                self._open_model(), data, len(data), add_special, _ints(tokens), len(tokens), n
+            )
+            self._check(status)
+            if n[0] <= len(tokens):
+                return tokens[: n[0]].copy()
+            tokens = np.empty(n[0], np.int32)
+
+    def piece(self, token: int) -> bytes:
+        """Return the bytes that a token stands for; not always whole characters."""
+        ffi, lib = library.load()
+        n = ffi.new("int32_t *")
+        size = 64
+        while True:
+            text = ffi.new("char[]", size)
+            self._check(lib.fate_model_piece(self._open_model(), int(token), text, size, n))
+            if n[0] <= size:
+                return bytes(ffi.buffer(text, n[0])[:])
+            size = n[0]
+
+    def flag_prompt(self) -> str:
+        """Return the prompt that the flags -p or -f gave, "" if none."""
+        ffi, lib = library.load()
+        return library.text(ffi, lib.fate_model_prompt(self._open_model()))
+
+    def detokenize(self, tokens: Sequence[int] | NDArray[np.integer]) -> str:
+        return b"".join(self.piece(int(token)) for token in tokens).decode("utf-8", "replace")
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | NDArray[np.integer],
+        n_tokens: int = 128,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """Yield text as it is generated, in whole characters, up to `n_tokens` tokens or the end.
+
+        The prompt follows what sequence 0 holds; `clear` starts over. Temperature 0 is greedy.
+        """
+        lib = library.load().lib
+        self._check(
+            lib.fate_context_set_sampler(
+                self._open_context(), temperature, top_k, top_p, min_p, seed & 0xFFFFFFFF
+            )
+        )
+        return self._generate(prompt, n_tokens)
+
+    def _generate(self, prompt: str | Sequence[int] | NDArray[np.integer], n_tokens: int) -> Iterator[str]:
+        ffi, lib = library.load()
+        tokens = (
+            self.tokenize(prompt, self._is_empty)
+            if isinstance(prompt, str)
+            else np.ascontiguousarray(prompt, np.int32)
+        )
+        for start in range(0, len(tokens), self.n_batch):
+            part = tokens[start : start + self.n_batch]
+            last = np.zeros(len(part), np.int8)
+            last[-1] = start + len(part) == len(tokens)
+            self._decode(part, None, None, last, None)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        token = ffi.new("int32_t *")
+        for i in range(n_tokens):
+            self._check(lib.fate_context_sample(self._open_context(), token))
+            if lib.fate_model_is_eog(self._open_model(), token[0]):
+                break
+            if text := decoder.decode(self.piece(token[0])):
+                yield text
+            if i + 1 < n_tokens:
+                self._decode(np.array([token[0]], np.int32), None, None, None, None)
+        if text := decoder.decode(b"", final=True):
+            yield text
+
+    # ---------------------------------------------------------------------------------------------- numbers
+
+    def logits(self, tokens: ArrayLike) -> NDArray[np.float32]:
+        """Decode the tokens after what sequence 0 holds; return float32 (n_tokens, n_vocab).
+
+        Splits into batches of `n_batch`, as llama.cpp's programs do.
+        """
+        tokens = np.ascontiguousarray(tokens, np.int32)
+        out = np.empty((len(tokens), self.n_vocab), np.float32)
+        for start in range(0, len(tokens), self.n_batch):
+            stop = start + self.n_batch
+            self._decode(tokens[start:stop], None, None, None, out[start:stop])
+        return out
+
+    def decode(
+        self,
+        tokens: ArrayLike,
+        positions: ArrayLike | None = None,
+        sequences: ArrayLike | None = None,
+        outputs: ArrayLike | None = None,
+    ) -> NDArray[np.float32]:
+        """Decode one batch of at most `n_batch` tokens; return float32 (n_outputs, n_vocab).
+
+        Parameters
+        ----------
+        positions, sequences
+            int32 (n_tokens,). None: the tokens follow what sequence 0 holds. Sequences need `-np`.
+        outputs
+            bool (n_tokens,): whose logits are wanted. None: all.
+        """
+        tokens = np.ascontiguousarray(tokens, np.int32)
+        wanted = (
+            np.ones(len(tokens), np.int8)
+            if outputs is None
+            else np.asarray(outputs, np.bool_).astype(np.int8)
+        )
+        out = np.empty((int(wanted.sum()), self.n_vocab), np.float32)
+        at = None if positions is None else np.ascontiguousarray(positions, np.int32)
+        of = None if sequences is None else np.ascontiguousarray(sequences, np.int32)
+        for name, array in (("positions", at), ("sequences", of), ("outputs", wanted)):
+            if array is not None and array.shape != tokens.shape:
+                raise ValueError(
+                    f"{name} of shape {array.shape}; expected {tokens.shape}, one for each token"
+                )
+        self._decode(tokens, at, of, wanted, out)
+        return out
+
+    def _decode(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32] | None,
+        sequences: NDArray[np.int32] | None,
+        outputs: NDArray[np.int8] | None,
+        logits: NDArray[np.float32] | None,
+    ) -> None:
+        ffi, lib = library.load()
+        status = lib.fate_context_decode(
+            self._open_context(),
+            len(tokens),
+            _ints(tokens),
+            ffi.NULL if positions is None else _ints(positions),
+            ffi.NULL if sequences is None else _ints(sequences),
+            ffi.NULL if outputs is None else ffi.from_buffer("int8_t[]", outputs),
+            ffi.NULL if logits is None else ffi.from_buffer("float[]", logits),
+        )
+        self._is_empty = False
+        self._check(status)
+
+    # ---------------------------------------------------------------------------------------------- context
+
+    def clear(self) -> None:
+        """Forget all sequences; the pool keeps its experts."""
+        self._check(library.load().lib.fate_context_clear(self._open_context()))
+        self._is_empty = True
+
+    def shift(self, start: int, stop: int, sequence: int = 0) -> None:
+        """Remove the positions from `start` up to `stop` of a sequence and move down what follows."""
+        self._check(library.load().lib.fate_context_shift(self._open_context(), sequence, start, stop))
+
+    def state(self) -> bytes:
+        """Return what all sequences hold; the pool is no part of it."""
+        ffi, lib = library.load()
+        size = ffi.new("size_t *")
+        self._check(lib.fate_context_state_size(self._open_context(), size))
+        data = ffi.new("uint8_t[]", size[0])
+        self._check(lib.fate_context_state_get(self._open_context(), data, size[0]))
+        return bytes(ffi.buffer(data, size[0])[:])
+
+    def restore(self, state: bytes) -> None:
+        """Take back what `state` returned, from this or another session of the same model and flags."""
+        ffi, lib = library.load()
+        data = ffi.from_buffer("uint8_t[]", state)
+        self._check(lib.fate_context_state_set(self._open_context(), data, len(state)))
+        self._is_empty = False
+
+    # ------------------------------------------------------------------------------------------------ engine
+
+    def stats(self) -> dict[str, Any]:
+        """Return the numbers so far; the keys are those of `fate_bind.stats.as_dict`."""
+        return as_dict(self.report())
+
+    def counters(self) -> Counters:
+        return self.report().counters
+
+    def record(self) -> Trace:
+        """Return the routing recorded so far.
+
+        Until `close` the last step is missing from it, unless `sync` is true, the mode is callback, or the
+        policy is plain LRU.
+        """
+        engine = self._engine()
+        trace = engine.recorded() if engine is not None else None
+        if trace is None:
+            raise EngineError(
+                "nothing was recorded: the session has no record=, did not engage, or has run nothing"
+            )
+        return trace
+
+    def check(self) -> None:
+        """Raise `EngineError` if slot tables contradict each other or a slot does not hold its expert."""
+        ffi, lib = library.load()
+        engine = lib.fate_context_engine(self._open_context())
+        if engine != ffi.NULL:
+            self._check(lib.fate_engine_check(engine))
+
+    def _engine(self) -> Engine | None:
+        return self._host.engines[0] if self._host is not None and self._host.engines else None
+
+    def report(self) -> Report:
+        """Return the numbers so far, as of the last finished step."""
+        engine = self._engine()
+        if engine is not None:
+            return engine.report()
+        if self._host is None:
+            return not_engaged("lru", "off", "the session was opened with fate=False")
+        config = self._host.config
+        return not_engaged(config.policy, config.mode, "the mode is off")
+
+    def _open_context(self) -> Any:
+        if self._context is None:
+            raise EngineError("the session is closed")
+        return self._context
+
+    def _open_model(self) -> Any:
+        self._open_context()
+        return self._model.handle
+
+    def _check(self, status: int) -> None:
+        if self._host is not None:
+            self._host.reraise()
+        library.check(status)
+
+
+def _ints(array: NDArray[np.int32]) -> Any:
+    return library.load().ffi.from_buffer("int32_t[]", array)

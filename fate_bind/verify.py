@@ -1,0 +1,179 @@
+"""With and without the pool, bit for bit."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fate_bind.errors import EngineError
+from fate_bind.session import Choice, Session
+from fate_bind.stats import Report
+
+PROMPT = "Once upon a time, there was a little girl who wanted to know how the moon stays in the sky."
+
+IDENTICAL, DIFFERENT, NOT_ENGAGED = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first logit that is not the reference's, and both values."""
+
+    position: int
+    token_id: int
+    reference: float
+    pooled: float
+
+    def __str__(self) -> str:
+        def both(value: float) -> str:
+            return f"0x{struct.unpack('<I', struct.pack('<f', value))[0]:08x} ({value:.9g})"
+
+        return (
+            f"token position {self.position}, vocabulary id {self.token_id}: "
+            f"{both(self.reference)} without the pool, {both(self.pooled)} with it"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class VerifyResult:
+    """What a comparison found. `n_logits` over `n_tokens` were compared; `report` is the engine's."""
+
+    n_logits: int
+    n_tokens: int
+    difference: Difference | None
+    report: Report
+
+    @property
+    def n_layers(self) -> int:
+        return self.report.geometry.n_layers
+
+    @property
+    def n_layers_engaged(self) -> int:
+        return self.report.n_layers_engaged
+
+    @property
+    def pooled(self) -> int:
+        """Routed pairs that went through the pool."""
+        return int((self.report.counters.hits + self.report.counters.misses).sum())
+
+    @property
+    def fills(self) -> int:
+        return int(self.report.counters.fills.sum())
+
+    @property
+    def evictions(self) -> int:
+        return int(self.report.counters.evictions.sum())
+
+    @property
+    def why_not(self) -> str:
+        """Return why the comparison does not prove much, "" if it does."""
+        if not self.report.engaged:
+            return f"not engaged because {self.report.reason}"
+        if self.n_layers_engaged < self.n_layers:
+            return f"{self.n_layers_engaged} of {self.n_layers} MoE layers engaged: {self.report.reason}"
+        if not self.pooled:
+            return "no routed pair went through the pool: every batch was too large for it; give more slots"
+        if not self.fills:
+            return "nothing was filled"
+        return ""
+
+    @property
+    def exit_code(self) -> int:
+        if self.difference is not None:
+            return DIFFERENT
+        return NOT_ENGAGED if self.why_not else IDENTICAL
+
+    @property
+    def message(self) -> str:
+        if self.difference is not None:
+            return f"different: {self.difference}"
+        if self.why_not:
+            return f"not verified: {self.why_not}"
+        return (
+            f"identical: {self.n_logits} logits over {self.n_tokens} tokens, "
+            f"{self.n_layers_engaged} of {self.n_layers} MoE layers engaged, "
+            f"{self.pooled} pooled pairs, {self.fills} fills, {self.evictions} evictions"
+        )
+
+
+def verify(
+    model: str | Path | None = None,
+    args: Sequence[str] = (),
+    *,
+    prompt: str | Sequence[int] | None = None,
+    n_tokens: int = 64,
+    policy: Choice = "lru",
+    slots: Any = None,
+    mode: str | None = None,
+    sync: bool | None = None,
+    record: str | Path | None = None,
+    require: bool = False,
+    place: bool = True,
+) -> VerifyResult:
+    """Run prompt and greedy decode with and without the pool, in lockstep, and compare every logit.
+
+    Stops at the first difference. At the end the engine checks its slots against the model.
+
+    Parameters
+    ----------
+    args
+        Flags of llama-completion; `-p` or `-f` among them give the prompt where `prompt` is None.
+    n_tokens
+        Tokens generated after the prompt; the end-of-text token does not stop it.
+    policy, slots, mode, sync, record, require, place
+        As for `Session`.
+    """
+    with (
+        Session(model, args, fate=False, place=place) as reference,
+        reference.fork(
+            policy=policy, slots=slots, mode=mode, sync=sync, record=record, require=require
+        ) as pooled,
+    ):
+        tokens = _prompt_tokens(reference, prompt)
+        if len(tokens) + n_tokens > reference.n_ctx:
+            raise EngineError(
+                f"a prompt of {len(tokens)} tokens and {n_tokens} more do not fit the context of "
+                f"{reference.n_ctx}; raise -c or lower -n"
+            )
+        position, difference = 0, None
+        batches = [tokens[i : i + reference.n_batch] for i in range(0, len(tokens), reference.n_batch)]
+        while batches and difference is None:
+            batch = batches.pop(0)
+            expected = reference.decode(batch)
+            difference = _first_difference(expected, pooled.decode(batch), position)
+            position += len(batch)
+            if not batches and position < len(tokens) + n_tokens:
+                batches = [np.array([np.argmax(expected[-1])], np.int32)]
+        pooled.check()
+    report = pooled.report()
+    return VerifyResult(position * reference.n_vocab, position, difference, report)
+
+
+def _prompt_tokens(session: Session, prompt: str | Sequence[int] | None) -> NDArray[np.int32]:
+    if prompt is None:
+        prompt = session.flag_prompt() or PROMPT
+    if not isinstance(prompt, str):
+        return np.asarray(prompt, np.int32)
+    try:
+        tokens = session.tokenize(prompt)
+    except EngineError:
+        tokens = np.empty(0, np.int32)
+    if not len(tokens):  # a model without a tokenizer
+        text = np.frombuffer(prompt.encode(), np.uint8).astype(np.int32)
+        tokens = np.minimum(1 + text % max(session.n_vocab - 1, 1), session.n_vocab - 1)
+    return tokens.astype(np.int32)
+
+
+def _first_difference(
+    expected: NDArray[np.float32], got: NDArray[np.float32], position: int
+) -> Difference | None:
+    unequal = expected.view(np.uint32) != got.view(np.uint32)
+    if not unequal.any():
+        return None
+    row, column = (int(i) for i in np.argwhere(unequal)[0])
+    return Difference(position + row, column, float(expected[row, column]), float(got[row, column]))
