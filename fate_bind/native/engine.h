@@ -7,6 +7,7 @@
 #include "pool.h"
 #include "record.h"
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -20,6 +21,10 @@ struct fate_settings {
 };
 
 std::shared_ptr<const fate_settings> fate_current_settings();
+
+void fate_set_engine_error(const std::string & why); // what fate_engine_error() returns
+void fate_registry_add(fate_engine * engine);
+void fate_registry_remove(fate_engine * engine);
 
 // While one lives, contexts created by this thread get no engine.
 class fate_no_engine {
@@ -70,7 +75,7 @@ private:
         op                          bypass_op;
     };
 
-    class io;
+    friend class fate_engine_io;
 
     static void run_op(ggml_tensor * dst, int ith, int nth, void * userdata);
 
@@ -79,6 +84,7 @@ private:
     void        set_geometry(const std::vector<int32_t> & n_slots);
     void        engage();
     void        open();
+    void        seed();
     void        deliver(const fate_record & record);
     void        fail_policy();
     void        snapshot();
@@ -108,12 +114,12 @@ private:
     std::vector<int32_t> n_slots_;
     std::vector<int64_t> expert_bytes_;
 
-    bool        active_        = false; // graphs of the current ubatch go through the pool
-    bool        policy_failed_ = false;
-    fate_record record_[2];
-    int32_t     current_       = 0;
-    int32_t     record_tokens_ = 0;
-    bool        held_back_     = false; // record_[1 - current_] waits to be delivered
+    bool              active_ = false; // graphs of the current ubatch go through the pool
+    std::atomic<bool> policy_failed_{ false };
+    fate_record       record_[2];
+    int32_t           current_       = 0;
+    int32_t           record_tokens_ = 0;
+    bool              held_back_     = false; // record_[1 - current_] waits to be delivered
 
     std::vector<float>   scores_;
     std::vector<float>   bonus_;

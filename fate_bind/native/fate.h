@@ -139,7 +139,8 @@ typedef struct fate_config {
 
 typedef struct fate_info {
     int32_t       engaged;
-    const char *  reason; // why not, or why not in every layer; "" if every layer is engaged
+    int32_t       policy_failed; // 1: a callback failed or named no valid victims; the engine went on as LRU
+    const char *  reason;        // why not, or why not in every layer; "" if every layer is engaged
     fate_geometry geometry;
     int64_t       steps;
     int64_t       tokens;

@@ -15,6 +15,8 @@ public:
     // Callback mode: fill victims[n] with distinct resident experts that are not needed; false: the rule decides. Also called with n == 0.
     virtual bool ask(const std::vector<int32_t> & needed, const std::vector<int32_t> & missing, int32_t n, int32_t * victims) = 0;
 
+    virtual void reject() = 0; // the answer was none: the rule decides
+
     virtual void evict(int32_t expert)              = 0;
     virtual void fill(int32_t expert, int32_t slot) = 0;
 };

@@ -1,0 +1,196 @@
+// Where graphs are built and run: finds the MoE blocks, puts the custom ops in, runs them.
+#include "engine.h"
+#include "status.h"
+
+#include "llama-context.h"
+#include "llama-model.h"
+
+#include <algorithm>
+
+// What a decision causes.
+class fate_engine_io final : public fate_layer_io {
+public:
+    fate_engine_io(fate_engine & engine, int32_t layer) : engine_(engine), layer_(layer) {}
+
+    bool ask(const std::vector<int32_t> & needed, const std::vector<int32_t> & missing, int32_t n, int32_t * victims) override {
+        if (engine_.policy_failed_) {
+            return false;
+        }
+        const fate_config & config = engine_.config_;
+        const int32_t       status = config.on_miss(config.user, &engine_, layer_, static_cast<int32_t>(needed.size()), needed.data(),
+                                                    static_cast<int32_t>(missing.size()), missing.data(), n, victims);
+        if (status != FATE_STATUS_OK) {
+            engine_.fail_policy();
+        }
+        return status == FATE_STATUS_OK;
+    }
+
+    void reject() override { engine_.fail_policy(); }
+
+    void evict(int32_t expert) override { engine_.record_[engine_.current_].add_eviction(layer_, expert); }
+
+    void fill(int32_t expert, int32_t slot) override {
+        engine_.pool_.fill(layer_, expert, slot);
+        engine_.record_[engine_.current_].add_fill(layer_, expert);
+    }
+
+private:
+    fate_engine & engine_;
+    int32_t       layer_;
+};
+
+static std::vector<ggml_tensor *> expert_tensors(const llama_moe_args & args) {
+    return {
+        args.up,     args.gate,      args.down, args.gate_up, args.up_b,   args.gate_b,
+        args.down_b, args.gate_up_b, args.up_s, args.gate_s,  args.down_s,
+    };
+}
+
+std::string fate_engine::refuse(const llama_moe_args & args) const {
+    for (const ggml_tensor * tensor : expert_tensors(args)) {
+        const std::string why = tensor ? fate_pool::refuse(tensor, args.down->ne[2]) : "";
+        if (!why.empty()) {
+            return why;
+        }
+    }
+    const llama_model & model = ctx_.get_model();
+    if (args.il >= 0 && args.il < static_cast<int>(model.hparams.n_layer_all)) {
+        ggml_backend_dev_t device = model.dev_layer(args.il);
+        if (device && ggml_backend_dev_type(device) != GGML_BACKEND_DEVICE_TYPE_CPU) {
+            return fate_format("layer %d runs on %s, and this build serves layers on the CPU only; add -ngl 0", args.il,
+                               ggml_backend_dev_name(device));
+        }
+    }
+    return "";
+}
+
+void fate_engine::find(const llama_moe_args & args) {
+    if (block_of_.count(args.down)) {
+        return;
+    }
+    auto b       = std::make_unique<block>();
+    b->sources   = expert_tensors(args);
+    b->n_experts = static_cast<int32_t>(args.down->ne[2]);
+    b->k         = static_cast<int32_t>(args.ids->ne[0]);
+    b->refused   = refuse(args);
+
+    const int32_t layer  = static_cast<int32_t>(blocks_.size());
+    b->pool_op           = { this, layer, FATE_PATH_POOL };
+    b->bypass_op         = { this, layer, FATE_PATH_BYPASS };
+    block_of_[args.down] = b.get();
+    pool_.add_layer(b->sources, b->n_experts);
+    blocks_.push_back(std::move(b));
+}
+
+void fate_engine::build_moe(ggml_context * ctx0, ggml_cgraph * gf, llama_moe_args & args) {
+    if (!found_all_) {
+        find(args);
+        return;
+    }
+    const auto it = block_of_.find(args.down);
+    if (it == block_of_.end() || !it->second->layer || ctx_.get_cparams().warmup) {
+        return;
+    }
+    block &       b      = *it->second;
+    const int64_t k      = args.ids->ne[0];
+    const int64_t n_rows = args.ids->ne[1];
+    if (k != b.k) {
+        return; // a warm-up with all experts
+    }
+
+    std::vector<ggml_tensor *> sources = { args.ids };
+    if (config_.record && args.weights && args.weights->type == GGML_TYPE_F32 && args.weights->ne[1] == k) {
+        sources.push_back(args.weights);
+    }
+    if (k * n_rows > b.layer->table().n_slots) {
+        ggml_tensor * note =
+            ggml_custom_4d(ctx0, GGML_TYPE_I32, 1, 1, 1, 1, sources.data(), static_cast<int>(sources.size()), run_op, 1, &b.bypass_op);
+        ggml_format_name(note, "fate_note-%d", args.il);
+        ggml_build_forward_expand(gf, note);
+        return;
+    }
+
+    ggml_tensor * slots =
+        ggml_custom_4d(ctx0, GGML_TYPE_I32, k, n_rows, 1, 1, sources.data(), static_cast<int>(sources.size()), run_op, 1, &b.pool_op);
+    ggml_format_name(slots, "fate_slots-%d", args.il);
+    args.ids = slots;
+
+    ggml_tensor ** replaced[] = {
+        &args.up,     &args.gate,      &args.down, &args.gate_up, &args.up_b,   &args.gate_b,
+        &args.down_b, &args.gate_up_b, &args.up_s, &args.gate_s,  &args.down_s,
+    };
+    for (ggml_tensor ** tensor : replaced) {
+#if defined(FATE_FAULT_BIAS_NOT_POOLED)
+        if (tensor == &args.up_b || tensor == &args.gate_b || tensor == &args.down_b || tensor == &args.gate_up_b) {
+            continue;
+        }
+#endif
+        if (*tensor) {
+            *tensor = pool_.slots_of(b.pool_op.layer, *tensor);
+        }
+    }
+}
+
+void fate_engine::run_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    (void) nth;
+    if (ith == 0) {
+        const op * self = static_cast<const op *>(userdata);
+        self->engine->run(self->layer, self->path, dst);
+    }
+}
+
+void fate_engine::run(int32_t layer, uint8_t path, ggml_tensor * dst) {
+    const ggml_tensor * src = dst->src[0];
+    const fate_ids      ids = { static_cast<const char *>(src->data), static_cast<int64_t>(src->nb[1]), static_cast<int32_t>(src->ne[1]),
+                                static_cast<int32_t>(src->ne[0]) };
+    fate_layer &        l   = *blocks_[layer]->layer;
+    fate_record &       r   = record_[current_];
+
+    const size_t n_pairs = static_cast<size_t>(ids.n_rows) * ids.k;
+    hits_.assign(n_pairs, 0);
+    if (path == FATE_PATH_POOL) {
+        fate_engine_io io(*this, layer);
+        int32_t *      slots = static_cast<int32_t *>(dst->data);
+        l.resolve(ids, callback_, io, slots, hits_.data());
+#if defined(FATE_FAULT_WRONG_SLOT)
+        if (n_pairs > 1) {
+            std::swap(slots[0], slots[1]);
+        }
+#endif
+    } else {
+        l.bypass(ids);
+    }
+    if (!wants_steps_) {
+        return;
+    }
+
+    const ggml_tensor * weights = dst->src[1];
+    for (int32_t row = 0; row < ids.n_rows; ++row) {
+        const int32_t token = r.token_of_row(row, ids.n_rows);
+        if (token >= record_tokens_) {
+            break;
+        }
+        r.set_row(token, layer, path);
+        int32_t * out = r.ids(token, layer);
+        for (int32_t rank = 0; rank < ids.k; ++rank) {
+            out[rank] = ids.at(row, rank);
+        }
+        std::copy_n(hits_.data() + static_cast<size_t>(row) * ids.k, ids.k, r.hits(token, layer));
+        float * out_weights = r.weights(token, layer);
+        if (weights && out_weights) {
+            for (int32_t rank = 0; rank < ids.k; ++rank) {
+                out_weights[rank] = *reinterpret_cast<const float *>(static_cast<const char *>(weights->data) + rank * weights->nb[1] +
+                                                                     row * weights->nb[2]);
+            }
+        }
+    }
+}
+
+void fate_engine::seed() {
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+        if (blocks_[i]->layer) {
+            fate_engine_io io(*this, static_cast<int32_t>(i));
+            blocks_[i]->layer->seed(callback_, io);
+        }
+    }
+}

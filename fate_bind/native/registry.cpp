@@ -1,0 +1,110 @@
+// What contexts created from now on get, and the list of live engines.
+#include "engine.h"
+#include "status.h"
+
+#include "llama-context.h"
+
+#include <algorithm>
+
+static std::mutex                           settings_mutex;
+static std::shared_ptr<const fate_settings> settings;
+static std::string                          refused_context;
+static std::vector<fate_engine *>           engines;
+static thread_local int                     n_no_engine = 0;
+
+std::shared_ptr<const fate_settings> fate_current_settings() {
+    std::lock_guard<std::mutex> lock(settings_mutex);
+    return settings;
+}
+
+fate_no_engine::fate_no_engine() {
+    ++n_no_engine;
+}
+
+fate_no_engine::~fate_no_engine() {
+    --n_no_engine;
+}
+
+fate_engine * fate_engine_of(const llama_context * ctx) {
+    std::lock_guard<std::mutex> lock(settings_mutex);
+    for (fate_engine * engine : engines) {
+        if (&engine->context() == ctx) {
+            return engine;
+        }
+    }
+    return nullptr;
+}
+
+static std::unique_ptr<llama_engine_i> make_engine(llama_context & ctx) {
+    auto current = fate_current_settings();
+    if (!current || n_no_engine > 0) {
+        return nullptr;
+    }
+    return std::make_unique<fate_engine>(ctx, current);
+}
+
+int32_t fate_configure(const fate_config * config) {
+    return fate_guard(FATE_STATUS_INVALID, [&] {
+        std::shared_ptr<fate_settings> next;
+        if (config && config->mode != FATE_MODE_OFF) {
+            if (config->mode != FATE_MODE_TABLE && config->mode != FATE_MODE_CALLBACK) {
+                throw fate_error(FATE_STATUS_INVALID, fate_format("mode %d: expected FATE_MODE_OFF, _TABLE or _CALLBACK", config->mode));
+            }
+            if (config->slots_kind < FATE_SLOTS_AUTO || config->slots_kind > FATE_SLOTS_LIST) {
+                throw fate_error(FATE_STATUS_INVALID, fate_format("slots_kind %d: expected FATE_SLOTS_*", config->slots_kind));
+            }
+            if (config->mode == FATE_MODE_CALLBACK && !config->on_miss) {
+                throw fate_error(FATE_STATUS_INVALID, "callback mode needs on_miss");
+            }
+            if ((config->scores || config->record) && !config->on_step) {
+                throw fate_error(FATE_STATUS_INVALID, "scores and record need on_step");
+            }
+            next         = std::make_shared<fate_settings>();
+            next->config = *config;
+            if (config->slots_kind == FATE_SLOTS_LIST) {
+                next->slots_list.assign(config->slots_list, config->slots_list + config->n_slots_list);
+            }
+        }
+        std::lock_guard<std::mutex> lock(settings_mutex);
+        settings = next;
+        llama_set_engine_factory(next ? make_engine : nullptr);
+    });
+}
+
+const char * fate_engine_error(void) {
+    static thread_local std::string copy;
+    std::lock_guard<std::mutex>     lock(settings_mutex);
+    copy = refused_context;
+    return copy.c_str();
+}
+
+void fate_set_engine_error(const std::string & why) {
+    std::lock_guard<std::mutex> lock(settings_mutex);
+    refused_context = why;
+}
+
+void fate_registry_add(fate_engine * engine) {
+    std::lock_guard<std::mutex> lock(settings_mutex);
+    engines.push_back(engine);
+}
+
+void fate_registry_remove(fate_engine * engine) {
+    std::lock_guard<std::mutex> lock(settings_mutex);
+    engines.erase(std::find(engines.begin(), engines.end(), engine));
+}
+
+int32_t fate_engine_get_info(const fate_engine * engine, fate_info * info) {
+    return fate_guard(FATE_STATUS_INVALID, [&] { *info = engine->info(); });
+}
+
+int32_t fate_engine_get_counters(const fate_engine * engine, int64_t * counters, size_t n_counters) {
+    return fate_guard(FATE_STATUS_INVALID, [&] { engine->get_counters(counters, n_counters); });
+}
+
+int32_t fate_engine_flush(fate_engine * engine) {
+    return fate_guard(FATE_STATUS_POLICY, [&] { engine->flush(); });
+}
+
+int32_t fate_engine_check(const fate_engine * engine) {
+    return fate_guard(FATE_STATUS_INVALID, [&] { engine->check(); });
+}

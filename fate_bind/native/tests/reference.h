@@ -1,0 +1,97 @@
+// The rule told again, slowly and with other containers, to hold layer.cpp against.
+#pragma once
+
+#include "layer.h"
+
+#include <algorithm>
+#include <map>
+#include <set>
+#include <vector>
+
+struct reference_layer {
+    int32_t                    n_experts, k, n_slots;
+    std::map<int32_t, int32_t> slot_of; // expert -> slot
+    std::vector<int64_t>       last_use;
+    std::vector<float>         score;
+    float                      bonus        = 0;
+    int64_t                    clock        = 0;
+    int64_t                    published_at = 0;
+    int64_t                    hits = 0, misses = 0, bypassed = 0, fills = 0, seed_fills = 0, evictions = 0;
+
+    reference_layer(int32_t n_experts, int32_t k, int32_t n_slots) :
+        n_experts(n_experts),
+        k(k),
+        n_slots(n_slots),
+        last_use(n_experts),
+        score(n_experts) {}
+
+    int32_t admit(int32_t expert, const std::set<int32_t> & needed) {
+        std::set<int32_t> taken;
+        for (const auto & [e, s] : slot_of) {
+            taken.insert(s);
+        }
+        int32_t slot = 0;
+        while (taken.count(slot)) {
+            ++slot;
+        }
+        if (slot >= n_slots) {
+            std::vector<int32_t> candidates;
+            for (const auto & [e, s] : slot_of) {
+                if (!needed.count(e)) {
+                    candidates.push_back(e);
+                }
+            }
+            std::sort(candidates.begin(), candidates.end(), [&](int32_t a, int32_t b) {
+                const float key_a = score[a] + (last_use[a] > published_at ? bonus : 0.0f);
+                const float key_b = score[b] + (last_use[b] > published_at ? bonus : 0.0f);
+                return key_a != key_b ? key_a < key_b : last_use[a] != last_use[b] ? last_use[a] < last_use[b] : a < b;
+            });
+            slot = slot_of.at(candidates.front());
+            slot_of.erase(candidates.front());
+            ++evictions;
+        }
+        slot_of[expert] = slot;
+        ++fills;
+        return slot;
+    }
+
+    std::vector<int32_t> step(const std::vector<std::vector<int32_t>> & rows) {
+        std::vector<int32_t> slots;
+        std::set<int32_t>    needed;
+        if (static_cast<int32_t>(rows.size()) * k <= n_slots) {
+            for (const auto & row : rows) {
+                needed.insert(row.begin(), row.end());
+            }
+            for (const auto & row : rows) {
+                std::vector<int32_t> row_slots(k);
+                for (int32_t rank = k - 1; rank >= 0; --rank) {
+                    const bool hit = slot_of.count(row[rank]) > 0;
+                    hit ? ++hits : ++misses;
+                    row_slots[rank]     = hit ? slot_of[row[rank]] : admit(row[rank], needed);
+                    last_use[row[rank]] = ++clock;
+                }
+                slots.insert(slots.end(), row_slots.begin(), row_slots.end());
+            }
+            return slots;
+        }
+        for (const auto & row : rows) {
+            for (int32_t rank = k - 1; rank >= 0; --rank) {
+                last_use[row[rank]] = ++clock;
+                ++bypassed;
+            }
+        }
+        const size_t n_seed = std::min<size_t>(rows.size(), n_slots / k);
+        for (size_t i = rows.size() - n_seed; i < rows.size(); ++i) {
+            needed.insert(rows[i].begin(), rows[i].end());
+        }
+        for (size_t i = rows.size() - n_seed; i < rows.size(); ++i) {
+            for (int32_t rank = k - 1; rank >= 0; --rank) {
+                if (!slot_of.count(rows[i][rank])) {
+                    admit(rows[i][rank], needed);
+                    ++seed_fills;
+                }
+            }
+        }
+        return slots;
+    }
+};

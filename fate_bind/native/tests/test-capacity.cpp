@@ -1,0 +1,55 @@
+// Slots from counts, percentages, bytes, lists and auto; the errors name the minimum.
+#include "capacity.h"
+#include "check.h"
+#include "status.h"
+
+#include <cstring>
+
+static const std::vector<fate_layer_shape> LAYERS = {
+    { 32,  4, 100 },
+    { 128, 8, 200 },
+};
+
+static std::vector<int32_t> slots(int32_t kind, double value, const std::vector<int32_t> & list = {}) {
+    fate_config config{};
+    config.slots_kind  = kind;
+    config.slots_value = value;
+    return fate_capacity(config, list, LAYERS);
+}
+
+static std::string error(int32_t kind, double value, const std::vector<int32_t> & list = {}) {
+    try {
+        slots(kind, value, list);
+    } catch (const fate_error & e) {
+        CHECK(e.status() == FATE_STATUS_CAPACITY);
+        return e.what();
+    }
+    return "";
+}
+
+static bool says(const std::string & message, const char * part) {
+    return strstr(message.c_str(), part) != nullptr;
+}
+
+int main() {
+    using list = std::vector<int32_t>;
+    CHECK((slots(FATE_SLOTS_COUNT, 16) == list{ 16, 16 }));
+    CHECK((slots(FATE_SLOTS_COUNT, 64) == list{ 32, 64 })); // never more than a layer's experts
+    CHECK((slots(FATE_SLOTS_PERCENT, 12.5) == list{ 4, 16 }));
+    CHECK((slots(FATE_SLOTS_PERCENT, 100) == list{ 32, 128 }));
+    CHECK((slots(FATE_SLOTS_BYTES, 10 * 300) == list{ 10, 10 }));
+    CHECK((slots(FATE_SLOTS_BYTES, 10 * 300 + 299) == list{ 10, 10 }));
+    CHECK((slots(FATE_SLOTS_BYTES, 32 * 300 + 5 * 200) == list{ 32, 37 }));
+    CHECK((slots(FATE_SLOTS_BYTES, 1e12) == list{ 32, 128 }));
+    CHECK((slots(FATE_SLOTS_LIST, 0, { 4, 8 }) == list{ 4, 8 }));
+    CHECK((slots(FATE_SLOTS_AUTO, 0) == list{ 16, 64 }));
+
+    CHECK(says(error(FATE_SLOTS_COUNT, 0), "the minimum is 8"));
+    CHECK(says(error(FATE_SLOTS_COUNT, 7), "layer 1"));
+    CHECK(says(error(FATE_SLOTS_PERCENT, 6), "the minimum is 12.5%"));
+    CHECK(says(error(FATE_SLOTS_BYTES, 1000), "the minimum is 2400 bytes"));
+    CHECK(says(error(FATE_SLOTS_COUNT, 129), "the maximum is 128"));
+    CHECK(says(error(FATE_SLOTS_LIST, 0, { 4 }), "2 MoE layers"));
+    CHECK(says(error(FATE_SLOTS_LIST, 0, { 4, -1 }), "-1 in MoE layer 1"));
+    return check_result("test-capacity");
+}

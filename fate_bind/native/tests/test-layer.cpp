@@ -1,0 +1,246 @@
+// The decision rule and a layer's walk: known cases, then random steps against the reference. A seed as argument.
+#include "check.h"
+#include "layer.h"
+#include "reference.h"
+
+#include <cstdlib>
+#include <random>
+
+// Plays the pool: what lies in each slot, by the fills it saw.
+struct fake_io : fate_layer_io {
+    std::map<int32_t, int32_t> expert_in; // slot -> expert
+    std::vector<int32_t>       victims;   // the answer of ask(), if not empty
+    int                        n_asked    = 0;
+    int                        n_rejected = 0;
+
+    bool ask(const std::vector<int32_t> &, const std::vector<int32_t> &, int32_t n, int32_t * out) override {
+        ++n_asked;
+        for (int32_t i = 0; i < n && i < static_cast<int32_t>(victims.size()); ++i) {
+            out[i] = victims[i];
+        }
+        return true;
+    }
+
+    void reject() override { ++n_rejected; }
+
+    void evict(int32_t expert) override {
+        for (auto it = expert_in.begin(); it != expert_in.end(); ++it) {
+            if (it->second == expert) {
+                expert_in.erase(it);
+                return;
+            }
+        }
+        CHECK(!"evicted an expert that was not there");
+    }
+
+    void fill(int32_t expert, int32_t slot) override {
+        CHECK(expert_in.count(slot) == 0);
+        expert_in[slot] = expert;
+    }
+};
+
+// Resolves rows and checks that every slot holds its expert.
+static std::vector<int32_t> resolve(fate_layer & layer, fake_io & io, const std::vector<std::vector<int32_t>> & rows,
+                                    bool callback = false) {
+    std::vector<int32_t> flat;
+    for (const auto & row : rows) {
+        flat.insert(flat.end(), row.begin(), row.end());
+        flat.push_back(-7); // rows are strided
+    }
+    const int32_t        k   = layer.k();
+    const fate_ids       ids = { reinterpret_cast<const char *>(flat.data()), static_cast<int64_t>((k + 1) * sizeof(int32_t)),
+                                 static_cast<int32_t>(rows.size()), k };
+    std::vector<int32_t> slots;
+    if (ids.n_rows * k <= layer.table().n_slots) {
+        slots.resize(rows.size() * k);
+        std::vector<uint8_t> hits(slots.size());
+        layer.resolve(ids, callback, io, slots.data(), hits.data());
+        for (size_t row = 0; row < rows.size(); ++row) {
+            for (int32_t rank = 0; rank < k; ++rank) {
+                CHECK(io.expert_in.at(slots[row * k + rank]) == rows[row][rank]);
+            }
+        }
+    } else {
+        layer.bypass(ids);
+        layer.seed(callback, io);
+    }
+    CHECK(layer.first_inconsistent_slot() == -1);
+    return slots;
+}
+
+static void test_worst_rank_is_the_older_use() {
+    fate_layer layer(8, 2, 3, 10);
+    fake_io    io;
+    resolve(layer, io,
+            {
+                { 0, 1 }
+    }); // 1 is used before 0
+    resolve(layer, io,
+            {
+                { 2, 0 }
+    });
+    resolve(layer, io,
+            {
+                { 3, 2 }
+    }); // evicts 1
+    CHECK(layer.table().slot_of[1] == -1);
+    CHECK(layer.table().slot_of[0] >= 0);
+    CHECK(layer.counters()[FATE_COUNTER_EVICTIONS] == 1);
+}
+
+static void test_used_experts_are_no_victims() {
+    fate_layer         layer(8, 2, 2, 10);
+    fake_io            io;
+    std::vector<float> scores(8, 0.0f);
+    resolve(layer, io,
+            {
+                { 0, 1 }
+    });
+    scores[0] = -5.0f; // the lowest score, but in use below
+    layer.publish(scores.data(), 0.0f);
+    resolve(layer, io,
+            {
+                { 0, 2 }
+    });
+    CHECK(layer.table().slot_of[0] >= 0);
+    CHECK(layer.table().slot_of[1] == -1);
+}
+
+static void test_bonus_only_after_publication() {
+    fate_layer         layer(8, 1, 2, 10);
+    fake_io            io;
+    std::vector<float> scores(8, 0.0f);
+    resolve(layer, io, { { 0 } });
+    resolve(layer, io, { { 1 } });
+    scores[0] = 0.5f;
+    layer.publish(scores.data(), 1.0f);
+    resolve(layer, io, { { 1 } }); // 1: 0 + bonus, 0: 0.5
+    resolve(layer, io, { { 2 } });
+    CHECK(layer.table().slot_of[0] == -1);
+    CHECK(layer.table().slot_of[1] >= 0);
+}
+
+static void test_repeated_expert_of_a_batch_is_a_miss_once() {
+    fate_layer layer(8, 2, 6, 10);
+    fake_io    io;
+    resolve(layer, io,
+            {
+                { 0, 1 },
+                { 0, 2 },
+                { 1, 0 }
+    });
+    CHECK(layer.counters()[FATE_COUNTER_MISSES] == 3);
+    CHECK(layer.counters()[FATE_COUNTER_HITS] == 3);
+    CHECK(layer.counters()[FATE_COUNTER_ROWS] == 3);
+    CHECK(layer.counters()[FATE_COUNTER_ROWS_ALL_RESIDENT] == 1);
+    CHECK(layer.counters()[FATE_COUNTER_BYTES] == 30);
+}
+
+static void test_answers_are_checked_again() {
+    for (const std::vector<int32_t> & answer : { std::vector<int32_t>{ 3 }, { -1 }, { 99 }, { 5 } }) { // needed, nonsense, nonsense, absent
+        fate_layer layer(8, 2, 2, 10);
+        fake_io    io;
+        resolve(layer, io,
+                {
+                    { 0, 3 }
+        });
+        io.victims = answer;
+        resolve(layer, io,
+                {
+                    { 1, 3 }
+        },
+                true);
+        CHECK(io.n_asked == 1);
+        CHECK(io.n_rejected == 1);
+        CHECK(layer.table().slot_of[0] == -1);
+    }
+    fate_layer layer(8, 3, 3, 10);
+    fake_io    io;
+    resolve(layer, io,
+            {
+                { 0, 1, 2 }
+    });
+    io.victims = { 1, 1 }; // twice the same
+    resolve(layer, io,
+            {
+                { 3, 4, 2 }
+    },
+            true);
+    CHECK(io.n_rejected == 1);
+}
+
+static void test_good_answers_are_taken() {
+    fate_layer layer(8, 2, 3, 10);
+    fake_io    io;
+    resolve(layer, io,
+            {
+                { 0, 1 }
+    });
+    resolve(layer, io,
+            {
+                { 2, 1 }
+    });
+    io.victims = { 2 }; // the rule would take 0
+    resolve(layer, io,
+            {
+                { 3, 1 }
+    },
+            true);
+    CHECK(io.n_rejected == 0);
+    CHECK(layer.table().slot_of[2] == -1);
+    CHECK(layer.table().slot_of[0] >= 0);
+}
+
+static void test_random_steps(uint32_t seed) {
+    std::mt19937 random(seed);
+    for (int round = 0; round < 200; ++round) {
+        const int32_t   n_experts = 2 + static_cast<int32_t>(random() % 30);
+        const int32_t   k         = 1 + static_cast<int32_t>(random() % std::min(n_experts, 6));
+        const int32_t   n_slots   = k + static_cast<int32_t>(random() % (n_experts - k + 1));
+        fate_layer      layer(n_experts, k, n_slots, 1);
+        reference_layer expected(n_experts, k, n_slots);
+        fake_io         io;
+        for (int step = 0; step < 40; ++step) {
+            std::vector<std::vector<int32_t>> rows(1 + (random() % 4 == 0 ? random() % 9 : 0));
+            for (auto & row : rows) {
+                for (int32_t i = 0; i < k; ++i) {
+                    int32_t expert = static_cast<int32_t>(random() % n_experts);
+                    while (random() % 50 != 0 && std::count(row.begin(), row.end(), expert)) { // rarely twice in a row, as grovemoe does
+                        expert = static_cast<int32_t>(random() % n_experts);
+                    }
+                    row.push_back(expert);
+                }
+            }
+            CHECK(resolve(layer, io, rows) == expected.step(rows));
+            if (random() % 3 == 0) {
+                for (float & score : expected.score) {
+                    score = static_cast<float>(random() % 4); // ties matter
+                }
+                expected.bonus        = static_cast<float>(random() % 3);
+                expected.published_at = expected.clock;
+                layer.publish(expected.score.data(), expected.bonus);
+            }
+        }
+        const auto & counters = layer.counters();
+        CHECK(counters[FATE_COUNTER_HITS] == expected.hits);
+        CHECK(counters[FATE_COUNTER_MISSES] == expected.misses);
+        CHECK(counters[FATE_COUNTER_BYPASSED] == expected.bypassed);
+        CHECK(counters[FATE_COUNTER_FILLS] == expected.fills);
+        CHECK(counters[FATE_COUNTER_SEED_FILLS] == expected.seed_fills);
+        CHECK(counters[FATE_COUNTER_EVICTIONS] == expected.evictions);
+        CHECK(counters[FATE_COUNTER_FILLS] - counters[FATE_COUNTER_SEED_FILLS] == counters[FATE_COUNTER_MISSES]);
+        CHECK(counters[FATE_COUNTER_ROUTED] ==
+              counters[FATE_COUNTER_HITS] + counters[FATE_COUNTER_MISSES] + counters[FATE_COUNTER_BYPASSED]);
+    }
+}
+
+int main(int argc, char ** argv) {
+    test_worst_rank_is_the_older_use();
+    test_used_experts_are_no_victims();
+    test_bonus_only_after_publication();
+    test_repeated_expert_of_a_batch_is_a_miss_once();
+    test_answers_are_checked_again();
+    test_good_answers_are_taken();
+    test_random_steps(argc > 1 ? static_cast<uint32_t>(atoi(argv[1])) : 1);
+    return check_result("test-layer");
+}
