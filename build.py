@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 PYTHON_MIN = (3, 11)
-TOOLS = ("cmake>=3.28", "ninja>=1.11", "setuptools>=77")  # setuptools: cffi compiles with it
+TOOLS = ("cmake>=4.0", "ninja>=1.11", "setuptools>=77")  # setuptools: cffi compiles with it
 PROGRAMS = ("completion", "cli", "server", "bench", "perplexity", "quantize")
 TARGETS = ("llama", "llama-common", *(f"llama-{name}" for name in PROGRAMS), "test-llama-archs")
 PATCH_FIELDS = ("Why", "Kind", "Remove-when", "Touches")
@@ -758,6 +758,7 @@ def llama_flags(project: Project, options: Options, cuda: Cuda | None, openssl: 
         f"-DLLAMA_BUILD_UI={on[options.ui]}",
         f"-DLLAMA_OPENSSL={on[openssl]}",
         f"-DGGML_NATIVE={on[options.native]}",
+        "-DCMAKE_UNITY_BUILD_RELOCATABLE=ON",  # else ccache knows no file of libllama again in another folder
         "-DGGML_CCACHE=OFF",  # the launcher below does it, for our own library too
         *backend,
         *cuda_flags(options, cuda),
