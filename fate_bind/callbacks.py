@@ -163,6 +163,7 @@ class Engine:
         self._opened_at = 0.0
         self._last: Report | None = None
         self.geometry = self._read_geometry()
+        self.is_engaged = bool(self._info().engaged)
 
     def open(self) -> None:
         """Start, or start over after a reset."""

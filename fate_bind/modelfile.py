@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
-from fate_bind.errors import EngineError
+from fate_bind import placement
+from fate_bind.errors import EngineError, UsageError
 
 EMBEDDED = Path(__file__).resolve().parent / "models" / "tiny-moe-31m-q4_0.gguf"
 
@@ -38,6 +41,18 @@ def check(path: str | Path) -> Path:
     if end > size:
         raise EngineError(f"model {path} is cut short: {size} bytes, but a tensor begins at byte {end}")
     return path
+
+
+def check_args(args: Sequence[str], is_list: bool = False) -> None:
+    """Check the models that -m names; with `is_list` it may name several, separated by commas."""
+    named = [value for flag, value in pairwise(args) if flag in ("-m", "--model")]
+    if not named and not placement.given(args, placement.MODEL_FLAGS) and os.environ.get("LLAMA_ARG_MODEL"):
+        named = [os.environ["LLAMA_ARG_MODEL"]]
+    for value in named:
+        for path in value.split(",") if is_list else [value]:
+            check(path)
+    if args and args[-1] in ("-m", "--model"):
+        raise UsageError(f"{args[-1]} needs a value: FILE.gguf")
 
 
 def _end_of_header_and_offsets(file: IO[bytes]) -> int:

@@ -1,0 +1,128 @@
+"""The command line: `fate COMMAND [flags]`, also `python -m fate_bind`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+
+from fate_bind import library, modelfile, options, placement, programs, stats
+from fate_bind.errors import FateError, UsageError
+from fate_bind.verify import verify
+from fate_policy import registry
+
+_OURS = {
+    "verify": "compare every logit with and without the pool, bit for bit",
+    "policies": "list the policies and their parameters",
+}
+_N_TOKENS = ("-n", "--predict", "--n-predict")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = list(sys.argv[1:] if argv is None else argv)
+    is_verify = args[:1] == ["verify"]
+    try:
+        return _dispatch(args)
+    except UsageError as error:
+        print(f"fate: error: {error}", file=sys.stderr)
+        return 3 if is_verify else 2
+    except FateError as error:
+        print(f"fate: error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
+    except Exception:  # the policy's own
+        traceback.print_exc()
+    return 3 if is_verify else 1
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if args else 2
+    command, rest = args[0], args[1:]
+    if command == "--version":
+        print(_version())
+        return 0
+    if command == "policies":
+        print(_policies())
+        return 0
+    if command == "verify":
+        return _verify(rest)
+    if command in programs.PROGRAMS:
+        return programs.run(command, rest)
+    known = [*programs.PROGRAMS, *_OURS]
+    near = difflib.get_close_matches(command, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+    raise UsageError(f"unknown command {command!r}; {hint}")
+
+
+def _usage() -> str:
+    commands = {name: program.does for name, program in programs.PROGRAMS.items()} | _OURS
+    lines = ["usage: fate COMMAND [--fate-* flags] [llama.cpp's flags]", ""]
+    lines += [f"  {name:<12} {does}" for name, does in commands.items()]
+    lines += ["  --version    print what is installed", "", "flags of every command that runs a model:", ""]
+    return "\n".join([*lines, options.help_text()])
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    ffi, lib = library.load()
+    return (
+        f"fate {version('fate')}, build {library.text(ffi, lib.fate_build_id())}\n"
+        f"{library.text(ffi, lib.fate_system_info()).strip()}"
+    )
+
+
+def _policies() -> str:
+    lines = []
+    for policy in registry.describe():
+        params = ", ".join(f"{name}={json.dumps(default)}" for name, default in policy.params.items())
+        lines.append(f"{policy.name:<12} {policy.line}")
+        if params:
+            lines.append(f"{'':<12} {params}")
+    return "\n".join(lines)
+
+
+def _verify(argv: list[str]) -> int:
+    chosen, args = options.take(argv)
+    if placement.given(args, ("-h", "--help", "--usage")):
+        print("usage: fate verify -m MODEL [-p TEXT] [-n TOKENS] [--fate-* flags] [llama.cpp's flags]\n")
+        print("exit code: 0 identical, 1 different, 2 not (wholly) engaged, 3 another error\n")
+        print(options.help_text())
+        return 0
+    modelfile.check_args(args)
+    result = verify(
+        args=args,
+        n_tokens=_n_tokens(args),
+        policy=chosen.policy,
+        slots=chosen.slots,
+        mode=chosen.mode,
+        sync=chosen.sync,
+        record=chosen.record,
+        require=chosen.require,
+    )
+    if chosen.stats_format == "json":
+        text = json.dumps(stats.as_dict(result.report))
+        if chosen.stats_file is None:
+            print(text)
+        else:
+            chosen.stats_file.write_text(text + "\n", encoding="utf-8")
+    print(result.message, flush=True)
+    return result.exit_code
+
+
+def _n_tokens(args: Sequence[str]) -> int:
+    n_tokens = 64
+    for flag, value in zip(args, [*args[1:], ""], strict=True):
+        if flag in _N_TOKENS:
+            if not value.isdecimal():
+                raise UsageError(f"{flag} {value}: expected the number of tokens to generate, 0 or more")
+            n_tokens = int(value)
+    return n_tokens
+
+
+if __name__ == "__main__":
+    sys.exit(main())

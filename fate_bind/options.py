@@ -1,0 +1,105 @@
+"""The --fate-* flags: taken out of a command line, explained, checked."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fate_bind.errors import UsageError
+
+_FLAGS = {
+    "policy": ("NAME|FILE.yaml|module:Class", "who decides which experts stay (default: lru)"),
+    "slots": ("N|N%|SIZE|N,N,...|auto", "slots per layer: 8, 25%, 4GiB in all, a list (default: 50%)"),
+    "mode": ("table|callback|off", "scores between tokens, Python at every miss, no pool (default: table)"),
+    "sync": (None, "scores act from the very next step; the model waits for the policy"),
+    "record": ("FILE.npz", "write every token's routing to FILE.npz"),
+    "stats": ("text|json[:FILE]", "numbers at the end: text on stderr, JSON on stdout or in FILE"),
+    "require": (None, "end with an error instead of running without the pool"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the flags said; None where they said nothing, so that a YAML file decides."""
+
+    policy: str = "lru"
+    slots: str | None = None
+    mode: str | None = None
+    sync: bool | None = None
+    record: Path | None = None
+    stats_format: str = "text"
+    stats_file: Path | None = None
+    require: bool = False
+
+
+def take(argv: Sequence[str]) -> tuple[Options, list[str]]:
+    """Split a command line into our options and everything else, which stays in order."""
+    given: dict[str, str] = {}
+    rest: list[str] = []
+    left = list(argv)
+    while left:
+        arg = left.pop(0)
+        if not arg.startswith("--fate-"):
+            rest.append(arg)
+            continue
+        flag, equals, value = arg.partition("=")
+        name = flag.removeprefix("--fate-")
+        if name not in _FLAGS:
+            near = difflib.get_close_matches(flag, [f"--fate-{known}" for known in _FLAGS], n=1)
+            hint = (
+                f"did you mean {near[0]}?" if near else "known: " + ", ".join(f"--fate-{n}" for n in _FLAGS)
+            )
+            raise UsageError(f"unknown flag {flag}; {hint}")
+        metavar = _FLAGS[name][0]
+        if metavar is None:
+            value = value if equals else "true"
+            if value not in ("true", "false"):
+                raise UsageError(f"{flag}={value}: expected {flag}, {flag}=true or {flag}=false")
+        elif not equals:
+            if not left:
+                raise UsageError(f"{flag} needs a value: {metavar}")
+            value = left.pop(0)
+        if not value:
+            raise UsageError(f"{flag} is empty; expected {metavar}")
+        given[name] = value
+    return _checked(given), rest
+
+
+def _checked(given: dict[str, str]) -> Options:
+    stats_format, colon, stats_file = given.get("stats", "text").partition(":")
+    if stats_format not in ("text", "json") or (colon and (stats_format == "text" or not stats_file)):
+        raise UsageError(f"--fate-stats {given['stats']}: expected {_FLAGS['stats'][0]}")
+    record = _writable("record", given.get("record"))
+    if record is not None and record.suffix != ".npz":
+        raise UsageError(f"--fate-record {record}: expected a name that ends in .npz")
+    return Options(
+        policy=given.get("policy", "lru"),
+        slots=given.get("slots"),
+        mode=given.get("mode"),
+        sync=given["sync"] == "true" if "sync" in given else None,
+        record=record,
+        stats_format=stats_format,
+        stats_file=_writable("stats", stats_file or None),
+        require=given.get("require") == "true",
+    )
+
+
+def _writable(name: str, text: str | None) -> Path | None:
+    if text is None:
+        return None
+    path = Path(text)
+    if path.is_dir():
+        raise UsageError(f"--fate-{name}: {path} is a directory; expected a file")
+    if not path.parent.is_dir():
+        raise UsageError(f"--fate-{name}: there is no directory {path.parent}")
+    return path
+
+
+def help_text() -> str:
+    lines = []
+    for name, (metavar, text) in _FLAGS.items():
+        flag = f"--fate-{name}" + (f" {metavar}" if metavar else "")
+        lines.append(f"  {flag:<46} {text}" if len(flag) <= 46 else f"  {flag}\n  {'':<46} {text}")
+    return "\n".join(lines)

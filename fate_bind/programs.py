@@ -1,0 +1,183 @@
+"""llama.cpp's programs in this process, with the pool."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fate_bind import library, modelfile, options, placement, stats
+from fate_bind.callbacks import Host
+from fate_bind.errors import FateError, PolicyConfigError, UsageError
+from fate_bind.options import Options
+from fate_bind.session import resolve_config
+
+
+@dataclass(frozen=True)
+class Program:
+    """One of llama.cpp's programs.
+
+    name : as fate_program_run knows it
+    does : for the list of commands
+    returns_on_interrupt : the first Ctrl-C makes it end by itself, or only stops what it is writing
+    """
+
+    name: str
+    does: str
+    returns_on_interrupt: bool = False
+    opens_contexts: bool = True
+
+
+PROGRAMS = {
+    "run": Program("completion", "complete a prompt; without -m a story from the embedded model"),
+    "chat": Program("cli", "talk with a model", returns_on_interrupt=True),
+    "serve": Program("server", "answer the OpenAI-style endpoints", returns_on_interrupt=True),
+    "bench": Program("bench", "measure prompt and decode speed"),
+    "perplexity": Program("perplexity", "measure perplexity over a text"),
+    "quantize": Program("quantize", "quantise a model file; has no pool", opens_contexts=False),
+}
+
+_HELP = ("-h", "--help", "--usage")
+_INTERACTIVE = ("-cnv", "--conversation", "-i", "--interactive", "-if", "--interactive-first")
+_PROMPT = ("-p", "--prompt", "-f", "--file", "-bf", "--binary-file", "-sys", "--system-prompt")
+# what `run` adds, with the embedded model only, unless one of the flags is given
+_STORY = (
+    (("-lv", "--verbosity", "--log-verbosity", "-v", "--verbose", "--log-verbose"), ("-lv", "1")),
+    (_PROMPT, ("-p", "Once upon a time")),
+    (("-no-cnv", "--no-conversation", *_INTERACTIVE), ("-no-cnv",)),
+    (("-n", "--predict", "--n-predict"), ("-n", "200")),
+    (("-s", "--seed"), ("-s", "7")),
+)
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Run a program to its end and print the summary; return its exit code.
+
+    With --help, and after some errors, llama.cpp ends the process itself.
+    """
+    program = PROGRAMS[command]
+    chosen, args = options.take(argv)
+    if placement.given(args, _HELP):
+        print(f"flags of fate {command}, before those of llama.cpp's {program.name}:\n")
+        print(options.help_text() + "\n", flush=True)
+        return _call(program, args)
+    if not program.opens_contexts:
+        return _call(program, args)
+    args = _complete(command, args)
+    config, _ = resolve_config(chosen.policy, chosen.slots, chosen.mode, chosen.sync)
+    if config.mode == "off" and (chosen.record or chosen.require):
+        raise PolicyConfigError("the mode is off, so there is nothing to record or to require")
+    host = Host(config, None, chosen.record, chosen.require)
+    args += placement.flags(program.name, args, placement.has_gpu())
+    return _Run(program, args, host, chosen).run()
+
+
+def _complete(command: str, args: list[str]) -> list[str]:
+    """Check the model and add what is left out; all that can be said before llama.cpp is asked."""
+    if command == "run" and not placement.names_model(args):
+        args = [*args, "-m", str(modelfile.EMBEDDED)]
+        for flags, adds in _STORY:
+            if not placement.given(args, flags):
+                args += adds
+        return args
+    if command == "serve" and not placement.names_model(args):
+        raise UsageError("serve needs a model: give -m FILE.gguf (llama.cpp's router mode is not supported)")
+    modelfile.check_args(args, is_list=command == "bench")
+    return args
+
+
+def _call(program: Program, args: Sequence[str]) -> int:
+    ffi, lib = library.load()
+    argv = [ffi.new("char[]", arg.encode()) for arg in (f"fate-{program.name}", *args)]
+    code = ffi.new("int32_t *")
+    sys.stdout.flush()
+    library.check(lib.fate_program_run(program.name.encode(), len(argv), ffi.new("char *[]", argv), code))
+    return int(code[0])
+
+
+class _Run:
+    """One run of a program: watch for interrupts, then say how it went."""
+
+    def __init__(self, program: Program, args: Sequence[str], host: Host, chosen: Options) -> None:
+        self.program = program
+        self.args = args
+        self.host = host
+        self.chosen = chosen
+        self.n_interrupts = 0
+
+    def run(self) -> int:
+        ffi, lib = library.load()
+        watcher = ffi.new_handle(self.interrupted)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.host.on_failure = _tell_failure
+        library.check(lib.fate_interrupt_watch(lib.fate_py_interrupt, watcher))
+        try:
+            with self.host.configured():
+                code = _call(self.program, self.args)
+        finally:
+            lib.fate_interrupt_unwatch()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        ctypes.CDLL(None).fflush(None)  # what C has buffered comes before what we print
+        return self._end(code)
+
+    def interrupted(self) -> None:
+        """Say how far it got, on a thread of the library's: the program may end the process right after."""
+        try:
+            self.n_interrupts += 1
+            if self.program.returns_on_interrupt and self.n_interrupts == 1:
+                return
+            is_end = not (self.program.name == "completion" and placement.given(self.args, _INTERACTIVE))
+            is_end = is_end and not self.program.returns_on_interrupt
+            for engine in self.host.engines:
+                engine.keep_record(is_end)
+            print(file=sys.stderr)
+            self._print_summary()
+            sys.stdout.flush()
+        except BaseException as error:  # nothing may keep the program from ending
+            print(f"fate: error: {error}", file=sys.stderr, flush=True)
+
+    def _end(self, code: int) -> int:
+        ffi, lib = library.load()
+        refusal = library.text(ffi, lib.fate_engine_error())
+        failure, self.host.failure = self.host.failure, None
+        if any(engine.is_engaged for engine in self.host.engines) or not (refusal or failure or code):
+            self._print_summary()
+        if isinstance(failure, FateError):
+            raise failure
+        if failure is not None:
+            traceback.print_exception(failure)
+            return 1
+        if code and refusal:
+            raise FateError(refusal)
+        if code:
+            what = f"llama.cpp's {self.program.name} ended with code {code}; its messages are above"
+            print(f"fate: error: {what}", file=sys.stderr)
+        return code
+
+    def _print_summary(self) -> None:
+        config = self.host.config
+        reports = stats.merge([engine.report() for engine in list(self.host.engines)])
+        if not reports:
+            why = "the mode is off" if config.mode == "off" else "no context was opened"
+            reports = [stats.not_engaged(config.policy, config.mode, why)]
+        if self.chosen.stats_format == "text":
+            print("\n".join(stats.summary(report) for report in reports), file=sys.stderr, flush=True)
+            return
+        document = stats.as_dict(reports[0])
+        if len(reports) > 1:
+            document["further"] = [stats.as_dict(report) for report in reports[1:]]
+        text = json.dumps(document)
+        if self.chosen.stats_file is None:
+            print(text, flush=True)
+        else:
+            self.chosen.stats_file.write_text(text + "\n", encoding="utf-8")
+
+
+def _tell_failure(failure: BaseException) -> None:
+    what = f"{type(failure).__name__}: {failure}"
+    print(f"\nfate: error: {what}; the run goes on without it", file=sys.stderr, flush=True)
