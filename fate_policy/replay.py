@@ -110,8 +110,8 @@ class _Replay:
         ids = trace.experts(start, stop)
         ids[path == NOT_RUN] = -1
         hits = np.zeros(ids.shape, np.uint8)
-        fills: list[NDArray[np.int32]] = []
-        evictions: list[NDArray[np.int32]] = []
+        fills: list[tuple[int, int]] = []
+        evictions: list[tuple[int, int]] = []
         counters = self.counters
         kinds = path.max(axis=0).tolist()
         for layer, (table, kind) in enumerate(zip(self.tables, kinds, strict=True)):
@@ -121,13 +121,14 @@ class _Replay:
             uses = best_last[ran]
             if kind == POOL:
                 missed = np.zeros(ran.shape, np.bool_)
-                missed[ran] = self._bring(layer, uses, fills, evictions)
+                missed[ran] = miss = self._bring(layer, uses, fills, evictions)
                 hits[:, layer, ::-1] = ran & ~missed
-                n_misses = int(missed.sum())
+                n_misses = int(np.count_nonzero(miss))
                 counters.misses[layer] += n_misses
                 counters.hits[layer] += len(uses) - n_misses
-                counters.rows[layer] += int(ran.any(axis=1).sum())
-                counters.rows_all_resident[layer] += int((ran.any(axis=1) & ~missed.any(axis=1)).sum())
+                rows = ran.any(axis=1)
+                counters.rows[layer] += np.count_nonzero(rows)
+                counters.rows_all_resident[layer] += np.count_nonzero(rows & ~missed.any(axis=1))
             else:
                 (counters.staged if kind == STAGED else counters.bypassed)[layer] += len(uses)
             counters.routed[layer] += len(uses)
@@ -147,16 +148,16 @@ class _Replay:
             positions=trace.position[start:stop],
             sequences=trace.sequence[start:stop],
             hits=hits,
-            fills=_stack(fills),
-            evictions=_stack(evictions),
+            fills=np.array(fills, np.int32).reshape(-1, 2),
+            evictions=np.array(evictions, np.int32).reshape(-1, 2),
         )
 
     def _bring(
         self,
         layer: int,
         uses: NDArray[np.int32],
-        fills: list[NDArray[np.int32]],
-        evictions: list[NDArray[np.int32]],
+        fills: list[tuple[int, int]],
+        evictions: list[tuple[int, int]],
     ) -> NDArray[np.bool_]:
         table, driver = self.tables[layer], self.driver
         asks = driver.mode == "callback"
@@ -170,15 +171,11 @@ class _Replay:
         ):
             if len(experts):
                 count[layer] += len(experts)
-                moves.append(np.column_stack((np.full(len(experts), layer, np.int32), experts)))
+                moves += [(layer, expert) for expert in experts.tolist()]
                 if asks:
                     event(layer, experts)
         self.counters.bytes[layer] += len(filled) * self.geometry.expert_bytes[layer]
         return miss
-
-
-def _stack(moves: list[NDArray[np.int32]]) -> NDArray[np.int32]:
-    return np.concatenate(moves) if moves else np.empty((0, 2), np.int32)
 
 
 def _seeding_rows(path: NDArray[np.uint8], geometry: Geometry, layer: int) -> NDArray[np.intp]:

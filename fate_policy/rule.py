@@ -64,12 +64,11 @@ class LayerTable:
     def misses(self, uses: NDArray[np.integer]) -> NDArray[np.bool_]:
         """Say for each use whether it is the first use of an absent expert."""
         miss: NDArray[np.bool_] = self.slot_of[uses] < 0
-        if miss.any():
-            seen: set[int] = set()
-            for i in np.flatnonzero(miss).tolist():
-                expert = int(uses[i])
-                miss[i] = expert not in seen
-                seen.add(expert)
+        seen: set[int] = set()
+        for i in miss.nonzero()[0].tolist():
+            expert = int(uses[i])
+            miss[i] = expert not in seen
+            seen.add(expert)
         return miss
 
     def bring(
@@ -84,7 +83,7 @@ class LayerTable:
         absent = uses[miss]
         evicted = _NONE
         if len(absent):
-            slots = np.flatnonzero(self.expert_of < 0)[: len(absent)]
+            slots = (self.expert_of < 0).nonzero()[0][: len(absent)]
             n_victims = len(absent) - len(slots)
             if n_victims:
                 pinned = np.zeros(len(self.slot_of), np.bool_)

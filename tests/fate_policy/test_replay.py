@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from policy_contract import SYNTHETIC, golden, real_trace, synthetic_trace, tiny
+
+from fate_policy import trace
+from fate_policy.base import POOL, STAGED, History, Policy, Step
+from fate_policy.errors import PolicyConfigError, TraceError
+from fate_policy.frequency import Frequency
+from fate_policy.replay import geometry_of, replay
+
+
+class Spy(Policy):
+    """Note what it is told."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+
+    def observe(self, step: Step) -> None:
+        self.steps.append(step)
+
+
+def test_a_hand_counted_pool() -> None:
+    totals = replay(tiny([[0, 1], [1, 2], [3, 0]], [0, 1, 2], 4, 3), "lru").totals()
+    assert {k: v for k, v in totals.items() if v} == {
+        "routed": 6,
+        "hits": 2,
+        "misses": 4,
+        "fills": 4,
+        "evictions": 1,
+        "bytes": 40,
+        "rows": 3,
+        "tokens": 3,
+        "steps": 3,
+    }
+
+
+def test_a_hand_counted_victim() -> None:
+    """Worst rank first: in the step [1, 2] expert 2 is used before 1, so 2 is the older one."""
+    spy = Spy()
+    replay(tiny([[0, 1], [1, 2], [3, 0]], [0, 1, 2], 4, 3), spy)
+    assert [step.evictions.tolist() for step in spy.steps] == [[], [], [[0, 2]]]
+    assert [step.fills.tolist() for step in spy.steps] == [[[0, 1], [0, 0]], [[0, 2]], [[0, 3]]]
+    assert [step.hits[0, 0].tolist() for step in spy.steps] == [[0, 0], [1, 0], [0, 1]]
+
+
+def test_a_batch_counts_later_uses_as_hits_and_whole_rows() -> None:
+    counters = replay(tiny([[0], [0], [1]], [0, 0, 0], 4, 3), "lru")
+    totals = counters.totals()
+    assert (totals["hits"], totals["misses"], totals["rows"], totals["rows_all_resident"]) == (1, 2, 3, 1)
+
+
+def test_a_bypass_seeds_from_its_last_rows() -> None:
+    spy = Spy()
+    counters = replay(tiny([[0], [1], [2], [3], [1]], [0, 0, 0, 1, 2], 4, 2), spy)
+    assert spy.steps[0].fills.tolist() == [[0, 1], [0, 2]]
+    assert spy.steps[1].evictions.tolist() == [[0, 1]]
+    totals = counters.totals()
+    assert (totals["bypassed"], totals["seed_fills"], totals["fills"], totals["misses"]) == (3, 2, 4, 2)
+
+
+@pytest.mark.parametrize("mode", ["table", "callback"])
+def test_seeding_knows_the_uses_of_its_own_step(mode: str) -> None:
+    """The batch used 0 before the rows it seeds from, so 1 and 2 go; no policy has observed that yet."""
+    moves: list[int] = []
+
+    class Drops(Policy):
+        def drop(self, layer: int, experts: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+            moves.extend(experts.tolist())
+
+    replay(tiny([[0], [1], [2], [0], [3], [4], [3]], [0, 1, 2, 3, 3, 3, 3], 5, 3), Drops(), mode=mode)
+    assert moves == [1, 2]
+
+
+def test_staged_pairs_are_counted_apart() -> None:
+    routed = tiny([[0], [1], [2]], [0, 0, 0], 4, 2)
+    staged = replace(routed, path=np.full_like(routed.path, STAGED))
+    counters = replay(staged, "lru").totals()
+    assert (counters["staged"], counters["bypassed"], counters["seed_fills"]) == (3, 0, 2)
+
+
+class Late(Policy):
+    """Score expert 1 lowest from its first publication on."""
+
+    def scores(self, history: History) -> np.ndarray[Any, np.dtype[np.float32]]:
+        return np.array([[1, 0, 1, 1, 1]], np.float32)
+
+
+@pytest.mark.parametrize(("sync", "evicted"), [(True, [[0, 1]]), (False, [[0, 0]])])
+def test_scores_act_one_step_later_without_sync(sync: bool, evicted: list[list[int]]) -> None:
+    spied: list[list[list[int]]] = []
+
+    class Both(Late):
+        def observe(self, step: Step) -> None:
+            spied.append(step.evictions.tolist())
+
+    # the batch brings 0 and 1 in, the next step needs a slot: with sync the scores of the first step decide
+    replay(tiny([[0], [1], [2], [3], [4]], [0, 0, 1, 2, 3], 5, 2), Both(), sync=sync)
+    assert spied[1] == evicted
+
+
+def test_fewer_slots_bypass_what_no_longer_fits() -> None:
+    routed = synthetic_trace()
+    assert (replay(routed, "lru", n_slots=[4, 8, 11]), replay(routed, "lru")) == (replay(routed, "lru"),) * 2
+    fewer, more = replay(routed, "lru", n_slots=[2, 4, 4]), replay(routed, "lru", n_slots=[8, 16, 16])
+    assert fewer.bypassed[2] > replay(routed, "lru").bypassed[2] == 0
+    assert more.bypassed.tolist() == [24 * 8, 48 * 8, 0]
+    assert more.evictions.sum() == 0
+
+
+def test_a_step_that_fitted_and_was_staged_all_the_same_stays_staged() -> None:
+    routed = tiny([[0], [1], [2]], [0, 0, 1], 4, 2)
+    path = np.array([[STAGED], [STAGED], [POOL]], np.uint8)
+    counters = replay(replace(routed, path=path), "lru", n_slots=4)
+    assert counters.staged.tolist() == [2]
+
+
+def test_a_contradicting_trace_is_refused() -> None:
+    routed = tiny([[0], [1], [2]], [0, 0, 0], 4, 2)
+    with pytest.raises(TraceError, match="put 3 uses on the pool path of layer 0, which had 2 slots"):
+        replay(replace(routed, path=np.ones_like(routed.path)), "lru")
+
+
+def test_layers_without_slots_did_not_engage() -> None:
+    routed = synthetic_trace(60)
+    meta = {**routed.meta, "n_slots": [4, 0, 11]}
+    routed.path[:, 1] = 0
+    counters = replay(replace(routed, meta=meta), "lru")
+    assert counters.routed[1] == 0
+    assert counters.hits[0] > 0
+
+
+def test_unknown_slots_and_bytes() -> None:
+    with pytest.raises(TraceError, match="give n_slots"):
+        replay(real_trace(), "lru")
+    with pytest.raises(PolicyConfigError, match="does not tell an expert's bytes"):
+        replay(real_trace(), "lru", n_slots="1GiB")
+    with pytest.raises(PolicyConfigError, match="the minimum is 4"):
+        replay(real_trace(), "lru", n_slots=3)
+    with pytest.raises(PolicyConfigError, match="mode: 'off'"):
+        replay(real_trace(), "lru", n_slots=8, mode="off")
+    assert replay(real_trace(), "lru", n_slots=8).bytes.sum() == 0
+    assert geometry_of(real_trace(), np.full(24, 9)).n_slots.tolist() == [9] * 24
+    assert geometry_of(real_trace(), "25%").n_slots.tolist() == [8] * 24
+
+
+def test_an_empty_trace_counts_nothing() -> None:
+    for policy in ("lru", "belady"):
+        assert replay(synthetic_trace().slice(0, 0), policy).totals()["steps"] == 0
+
+
+def test_refresh_tokens_change_when_scores_act() -> None:
+    seldom = replay(synthetic_trace(), Frequency(), refresh_tokens=50)
+    assert golden(seldom) != golden(replay(synthetic_trace(), Frequency()))
+
+
+def test_a_recorded_replay_replays(tmp_path: Path) -> None:
+    """What replay does to a trace is what a recording of it would hold."""
+    spy = Spy()
+    routed = synthetic_trace()
+    counters = replay(routed, spy)
+    with trace.TraceWriter(tmp_path / "t.npz", trace.geometry_meta(SYNTHETIC)) as writer:
+        for step in spy.steps:
+            writer.append(step)
+    assert replay(trace.load(tmp_path / "t.npz"), "lru") == counters
+
+
+FOLDER = os.environ.get("FATE_TRACES")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(FOLDER is None, reason="FATE_TRACES, the folder of real traces, is not set")
+@pytest.mark.parametrize(("policy", "rate"), [("lru", 0.661), (Frequency(half_life_tokens=64), 0.680)])
+def test_known_hit_rates_at_a_quarter_of_the_experts(policy: Policy | str, rate: float) -> None:
+    """Found before by others' code on the whole trace, caches never emptied."""
+    assert FOLDER is not None
+    counters = replay(trace.load(Path(FOLDER) / "gptoss20b_stem.npz"), policy, n_slots="25%")
+    assert round(counters.hit_rate, 3) == rate

@@ -1,0 +1,360 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tracemalloc
+import zlib
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from policy_contract import SYNTHETIC, geometry, make_step, random_ids, real_trace, synthetic_trace
+
+from fate_policy import trace
+from fate_policy.base import NOT_RUN, Step
+from fate_policy.errors import TraceError
+from fate_policy.trace import Trace, TraceWriter
+
+META = {"model": "synthetic", "policy": "lru", **trace.geometry_meta(SYNTHETIC)}
+COLUMNS = ("ids", "path", "step", "sequence", "position", "token_id", "is_decode", "prompt_start")
+
+
+def steps_of(routed: Trace, weights: bool = False) -> list[Step]:
+    steps = []
+    for start, stop in pairwise(routed.step_bounds().tolist()):
+        ids = routed.experts(start, stop)
+        steps.append(
+            make_step(
+                ids,
+                routed.path[start:stop],
+                weights=np.where(ids < 0, 0, 1 / (ids + 2)).astype(np.float32) if weights else None,
+                tokens=routed.token_id[start:stop],
+                positions=routed.position[start:stop],
+                sequences=routed.sequence[start:stop],
+            )
+        )
+    return steps
+
+
+def same(a: Trace, b: Trace) -> bool:
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in COLUMNS)
+
+
+def test_a_recording_comes_back(tmp_path: Path) -> None:
+    routed = synthetic_trace()
+    path = tmp_path / "t.npz"
+    with TraceWriter(path, META) as writer:
+        for step in steps_of(routed, weights=True):
+            writer.append(step)
+    assert [p.name for p in tmp_path.iterdir()] == ["t.npz"]
+    back = trace.load(path)
+    assert same(back, routed)
+    assert back.weights is not None
+    assert back.weights.dtype == np.float16
+    assert back.ids.dtype == np.uint8
+    assert back.meta == {"format": "fate-trace", "version": 1, **META}
+    assert back.hash() == routed.hash()
+
+
+def test_any_numpy_reads_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "t.npz"
+    with TraceWriter(path, META) as writer:
+        for step in steps_of(synthetic_trace(50)):
+            writer.append(step)
+    with np.load(path) as file:
+        assert set(file.files) == {*COLUMNS, "meta"}
+        assert file["ids"].shape == (50, 3, 4)
+        assert json.loads(str(file["meta"]))["n_slots"] == [4, 8, 11]
+
+
+def test_saved_in_one_go_comes_back(tmp_path: Path) -> None:
+    routed = synthetic_trace()
+    routed.save(tmp_path / "t.npz")
+    assert same(trace.load(tmp_path / "t.npz"), routed)
+
+
+def test_more_than_255_experts_are_uint16(tmp_path: Path) -> None:
+    shape = geometry([256, 300], [2, 4], [8, 8])
+    ids = random_ids(20, shape, 2)
+    ids[0, 0, 0], ids[1, 1, 0] = 255, 299
+    path = tmp_path / "t.npz"
+    with TraceWriter(path, trace.geometry_meta(shape)) as writer:
+        writer.append(make_step(ids))
+    back = trace.load(path)
+    assert back.ids.dtype == np.uint16
+    assert back.experts().tolist() == ids.tolist()
+
+
+def test_what_did_not_run_is_not_recorded_as_routed(tmp_path: Path) -> None:
+    ids = random_ids(2, SYNTHETIC, 2)
+    paths = np.array([[1, NOT_RUN, 1], [1, 1, 1]], np.uint8)
+    with TraceWriter(tmp_path / "t.npz", META) as writer:
+        writer.append(make_step(ids, paths))
+    assert trace.load(tmp_path / "t.npz").experts()[0, 1].tolist() == [-1] * 4
+
+
+def test_decode_is_told_or_guessed(tmp_path: Path) -> None:
+    ids = random_ids(3, SYNTHETIC, 2)
+    with TraceWriter(tmp_path / "t.npz", META) as writer:
+        writer.append(make_step(ids))
+        writer.append(
+            make_step(ids, sequences=np.array([0, 1, 1], np.int32), positions=np.array([7, 0, 1], np.int32))
+        )
+        writer.append(make_step(ids, sequences=np.arange(3, dtype=np.int32)))
+        writer.append(make_step(ids), is_decode=np.array([False, False, True]))
+    decoded = trace.load(tmp_path / "t.npz").is_decode.astype(int).reshape(4, 3)
+    assert decoded.tolist() == [[0, 0, 0], [1, 0, 0], [0, 1, 1], [0, 0, 1]]
+
+
+def test_an_empty_recording_is_a_trace(tmp_path: Path) -> None:
+    path = tmp_path / "t.npz"
+    TraceWriter(path, META).close()
+    assert trace.load(path).ids.shape == (0, 3, 4)
+    assert trace.load(path).step_bounds().tolist() == [0]
+
+
+def test_close_twice_and_append_after(tmp_path: Path) -> None:
+    writer = TraceWriter(tmp_path / "t.npz", META)
+    writer.close()
+    writer.close()
+    with pytest.raises(TraceError, match="is closed"):
+        writer.append(make_step(random_ids(1, SYNTHETIC, 1)))
+
+
+def test_steps_must_agree_on_weights(tmp_path: Path) -> None:
+    routed = synthetic_trace(30)
+    with TraceWriter(tmp_path / "t.npz", META) as writer:
+        writer.append(steps_of(routed)[0])
+        with pytest.raises(TraceError, match="a step holds"):
+            writer.append(steps_of(routed, weights=True)[1])
+
+
+def test_recording_and_closing_hold_one_block_in_memory(tmp_path: Path) -> None:
+    shape = geometry([128] * 48, [8] * 48, [32] * 48)
+    step = make_step(random_ids(16, shape, 1), weights=np.ones((16, 48, 8), np.float32))
+    writer = TraceWriter(tmp_path / "t.npz", trace.geometry_meta(shape))
+    tracemalloc.start()
+    for _ in range(400):
+        writer.append(step)
+    written = writer.part.stat().st_size
+    writer.close()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert written > 7_000_000
+    assert peak < 1_500_000
+    assert trace.load(tmp_path / "t.npz").n_tokens == 6400
+
+
+def test_a_block_is_written_after_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(trace.time, "monotonic", lambda: now[0])
+    writer = TraceWriter(tmp_path / "t.npz", META)
+    for number, step in enumerate(steps_of(synthetic_trace(40))):
+        now[0] = number * 0.3
+        writer.append(step)
+    assert trace.load(tmp_path / "t.npz").n_tokens > 30
+    writer.close()
+
+
+KILLED = """
+import os, sys
+sys.path[:0] = {paths}
+from policy_contract import synthetic_trace
+from test_trace import META, steps_of
+from fate_policy.trace import TraceWriter
+writer = TraceWriter(sys.argv[1], META)
+for _ in range(10):
+    for step in steps_of(synthetic_trace()):
+        writer.append(step)
+os._exit(9)
+"""
+
+
+def test_a_killed_recording_keeps_what_was_flushed(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    code = KILLED.format(paths=[str(here), str(here.parent), str(here.parent.parent)])
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "t.npz")], check=False)
+    assert run.returncode == 9
+    assert [p.name for p in tmp_path.iterdir()] == ["t.npz.part"]
+    back = trace.load(tmp_path / "t.npz")
+    assert 2000 < back.n_tokens <= 4000
+    assert np.array_equal(back.experts(0, 400), synthetic_trace().experts())
+    assert np.array_equal(back.experts(400, 800), synthetic_trace().experts())
+    assert trace.load(tmp_path / "t.npz.part").hash() == back.hash()
+
+
+def recorded_part(folder: Path) -> tuple[bytes, list[int]]:
+    """Return a .part of five blocks, and how long it was after each."""
+    writer = TraceWriter(folder / "whole.npz", META)
+    sizes = []
+    for step in steps_of(synthetic_trace(60))[:5]:
+        writer.append(step)
+        writer.flush()
+        sizes.append(writer.part.stat().st_size)
+    content = writer.part.read_bytes()
+    writer.close()
+    return content, sizes
+
+
+def test_a_torn_last_block_is_left_out(tmp_path: Path) -> None:
+    content, sizes = recorded_part(tmp_path)
+    tokens = np.cumsum([12, 2, 2, 2, 2])
+    torn = tmp_path / "torn.npz.part"
+    for size in range(sizes[2], sizes[4] + 1):
+        torn.write_bytes(content[:size])
+        assert trace.load(torn).n_tokens == tokens[sum(size >= s for s in sizes) - 1]
+    torn.write_bytes(content[:-7] + bytes(7))
+    assert trace.load(torn).n_tokens == tokens[3]
+
+
+def test_damage_before_the_end_is_an_error(tmp_path: Path) -> None:
+    content, sizes = recorded_part(tmp_path)
+    damaged = tmp_path / "damaged.npz.part"
+    damaged.write_bytes(content[: sizes[1] + 20] + b"x" + content[sizes[1] + 21 :])
+    with pytest.raises(TraceError, match=f"damaged at byte {sizes[1]}"):
+        trace.load(damaged)
+
+
+def test_a_recording_that_never_began_says_so(tmp_path: Path) -> None:
+    TraceWriter(tmp_path / "t.npz", META)
+    with pytest.raises(TraceError, match="holds nothing"):
+        trace.load(tmp_path / "t.npz")
+
+
+def test_a_full_disk_is_one_error_and_keeps_the_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "t.npz"
+    writer = TraceWriter(path, META)
+    for step in steps_of(synthetic_trace(60)):
+        writer.append(step)
+    monkeypatch.setattr(trace, "_finish", full)
+    with pytest.raises(TraceError, match=r"No space left on device.*is kept in .*t.npz.part"):
+        writer.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["t.npz.part"]
+    assert trace.load(path).n_tokens == 60
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_disk_that_fills_while_recording(tmp_path: Path) -> None:
+    (tmp_path / "t.npz.part").symlink_to("/dev/full")
+    with pytest.raises(TraceError, match="No space left on device"):
+        TraceWriter(tmp_path / "t.npz", META)
+
+
+def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="cannot be recorded"):
+        TraceWriter(tmp_path / "none" / "t.npz", META)
+
+
+@pytest.mark.parametrize(
+    ("meta", "fault"),
+    [({}, "meta lacks n_experts, k, n_slots, expert_bytes"), ({**META, "n_experts": [70000] * 3}, "uint16")],
+)
+def test_wrong_meta(tmp_path: Path, meta: dict[str, Any], fault: str) -> None:
+    with pytest.raises(TraceError, match=fault):
+        TraceWriter(tmp_path / "t.npz", meta)
+
+
+IDS = np.zeros((5, 2, 1), np.uint8)
+PLAIN = {"ids": IDS, "meta": '{"n_experts": 8, "k": 1}'}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "fault"),
+    [
+        ({"scores": IDS}, "has no array 'ids' .it holds scores"),
+        ({**PLAIN, "ids": IDS.astype(np.int64)}, "ids is int64"),
+        ({**PLAIN, "ids": IDS[0]}, r"ids is uint8 of shape \(2, 1\)"),
+        ({"ids": IDS}, "meta must give n_experts and k"),
+        ({**PLAIN, "meta": '{"n_experts": 8, "k": 2}'}, "meta must give n_experts and k, at most 1"),
+        ({**PLAIN, "meta": "{"}, "meta is not JSON"),
+        ({**PLAIN, "meta": "[]"}, "meta is not a JSON object"),
+        ({**PLAIN, "meta": '{"format": "fate-trace", "version": 2}'}, "version 2; this reads 'fate-trace' 1"),
+        ({**PLAIN, "ids": IDS + 9}, "token 0 routes to expert 9 in layer 0, which has 8"),
+        ({**PLAIN, "path": np.full((5, 2), 4)}, "path holds 4"),
+        ({**PLAIN, "path": np.ones(5)}, r"path is float64 of shape \(5,\)"),
+        ({**PLAIN, "step": np.array([0, 1, 1, 0, 2])}, "step goes backwards"),
+        ({**PLAIN, "weights": np.ones((5, 2))}, r"weights have shape \(5, 2\)"),
+        ({"ids": np.array([{}], object)}, "cannot be read"),
+    ],
+)
+def test_files_that_are_not_traces(tmp_path: Path, arrays: dict[str, Any], fault: str) -> None:
+    np.savez(tmp_path / "t.npz", **arrays)
+    with pytest.raises(TraceError, match=fault):
+        trace.load(tmp_path / "t.npz")
+
+
+def test_files_that_are_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "t.npz"
+    with pytest.raises(TraceError, match="does not exist"):
+        trace.load(path)
+    with pytest.raises(TraceError, match="cannot be read"):
+        trace.load(tmp_path)
+    path.write_bytes(b"")
+    with pytest.raises(TraceError, match=r"not an .npz file, or one cut short"):
+        trace.load(path)
+    whole = (Path(__file__).parents[1] / "data" / "gptoss20b_stem_400.npz").read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(TraceError, match="cut short"):
+        trace.load(path)
+
+
+def test_older_files_are_one_step_a_token(tmp_path: Path) -> None:
+    ids = np.zeros((5, 2, 1), np.uint8)
+    ids[3, 1] = 255
+    np.savez(tmp_path / "t.npz", **{**PLAIN, "ids": ids, "prompt_start": np.array([0, 3])})
+    old = trace.load(tmp_path / "t.npz")
+    assert old.step.tolist() == [0, 1, 2, 3, 4]
+    assert old.sequence.tolist() == [0, 0, 0, 1, 1]
+    assert old.position.tolist() == [0, 1, 2, 0, 1]
+    assert old.path[:, 1].tolist() == [1, 1, 1, 0, 1]
+    assert old.meta["n_experts"] == [8, 8]
+    assert old.meta["n_slots"] is None
+
+
+def test_slice_and_hash() -> None:
+    routed = real_trace()
+    part = routed.slice(90, 200)
+    assert part.n_tokens == 110
+    assert part.prompt_start.tolist() == [7, 82]
+    assert np.array_equal(part.ids, routed.ids[90:200])
+    assert part.hash() != routed.hash() == routed.slice(0, 400).hash()
+
+
+def test_hash_does_not_depend_on_the_dtype() -> None:
+    from dataclasses import replace
+
+    routed = synthetic_trace(50)
+    wide = np.where(routed.ids == 255, np.uint16(65535), routed.ids)
+    assert replace(routed, ids=wide).hash() == routed.hash()
+
+
+FOLDER = os.environ.get("FATE_TRACES")
+SHARED = {
+    "gptoss20b_stem": (90977, 24, 4, 272),
+    "gptoss20b_safety": (28120, 24, 4, 96),
+    "qwen3_30b_a3b_top6_bigmoe": (156, 48, 6, 1),
+    "flame_moe_290m": (2048, 8, 6, 8),
+}
+
+
+@pytest.mark.skipif(FOLDER is None, reason="FATE_TRACES, the folder of real traces, is not set")
+@pytest.mark.parametrize("name", SHARED)
+def test_real_traces_load(name: str) -> None:
+    assert FOLDER is not None
+    routed = trace.load(Path(FOLDER) / f"{name}.npz")
+    assert (*routed.ids.shape, len(routed.prompt_start)) == SHARED[name]
+    assert routed.n_tokens == len(routed.step_bounds()) - 1
+
+
+def test_checksums_are_crc32_of_the_payload(tmp_path: Path) -> None:
+    content, sizes = recorded_part(tmp_path)
+    tag, length, checksum = trace._HEADER.unpack_from(content, sizes[0])
+    payload = content[sizes[0] + 12 : sizes[1]]
+    assert (tag, length, checksum) == (b"ROWS", len(payload), zlib.crc32(payload))
