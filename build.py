@@ -324,6 +324,11 @@ def fetch(project: Project) -> Path:
         note(f"{archive} has another sha256 than upstream.toml says; fetching it again")
         archive.unlink()
     project.downloads.mkdir(parents=True, exist_ok=True)
+    for folder in os.environ.get("PIP_FIND_LINKS", "").split():  # pip would also want its build tools there
+        local = Path(folder.removeprefix("file://")) / archive.name
+        if local.is_file() and file_sha256(local) == pin["sha256"]:
+            shutil.copy2(local, archive)
+            return archive
     setup(project)
     with tempfile.TemporaryDirectory(dir=project.downloads) as folder:
         wanted = Path(folder) / "requirements.txt"
@@ -426,8 +431,11 @@ def make_pristine(project: Project, source: Path | None) -> None:
         )
     git(new, "reset", "-q", "--hard", git(new, "commit-tree", tree, stdin=f"llama.cpp {pin['commit']}\n"))
     git(new, "tag", "pristine")
-    shutil.rmtree(project.src, ignore_errors=True)
-    new.replace(project.src)
+    if (project.src / ".git").exists():
+        shutil.rmtree(new)
+    else:
+        shutil.rmtree(project.src, ignore_errors=True)
+        new.replace(project.src)
     progress.done()
 
 
@@ -495,9 +503,10 @@ def prepare_source(project: Project, source: Path | None = None, check_tree: boo
     Edits made there by hand are never overwritten: they are built as they are.
     """
     inputs, state = series_inputs(project), project.state().get("source", {})
-    if not (project.src / ".git").exists():
-        make_pristine(project, source)
-        state = {}
+    made = (project.src / ".git").exists()
+    if source or not made:
+        make_pristine(project, source)  # where the tree is made already, a --source is only checked
+        state = state if made else {}
     if edited(project):
         if state and state["inputs"] != inputs:
             raise BuildError(

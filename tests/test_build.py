@@ -167,6 +167,15 @@ def test_pip_is_told_the_hash(project: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert f"fake-pkg==1.0 --hash=sha256:{project.pin['sha256']}" in log
 
 
+def test_archive_in_find_links_needs_nothing_beside_it(
+    project: Any, upstream: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The accident: with no index pip wanted the package's build tools before it gave the archive."""
+    project.archive.unlink()
+    monkeypatch.setenv("PIP_FIND_LINKS", f"/nonexistent file://{upstream.archive.parent}")
+    assert build.file_sha256(build.fetch(project)) == upstream.sha256
+
+
 # ------------------------------------------------------------------------------------------------ source tree
 
 
@@ -195,8 +204,23 @@ def test_local_source_is_copied_and_never_edited(project: Any, upstream: SimpleN
 
 
 def test_local_source_must_be_a_checkout(project: Any, tmp_path: Path) -> None:
-    with pytest.raises(build.BuildError, match=r"is not a llama\.cpp checkout"):
-        build.prepare_source(project, tmp_path)
+    for _ in range(2):  # before the source tree is made and after
+        with pytest.raises(build.BuildError, match=r"is not a llama\.cpp checkout"):
+            build.prepare_source(project, tmp_path)
+        build.prepare_source(project)
+
+
+def test_local_source_with_another_tree_is_refused(
+    project: Any, upstream: SimpleNamespace, tmp_path: Path
+) -> None:
+    build.prepare_source(project)
+    other = tmp_path / "other"
+    shutil.copytree(upstream.checkout, other, ignore=shutil.ignore_patterns(".git", "*.o"))
+    assert build.prepare_source(project, other) == project.pin["tree"]
+    (other / "ggml" / "ggml.c").write_text("another version\n", encoding="utf-8")
+    with pytest.raises(build.BuildError, match="has the tree") as caught:
+        build.prepare_source(project, other)
+    assert caught.value.next_step == "check out abc123 there"
 
 
 def test_export_and_apply_give_the_same_tree(project: Any) -> None:
