@@ -7,6 +7,7 @@ import json
 import sys
 import traceback
 from collections.abc import Sequence
+from itertools import pairwise
 
 from fate_bind import library, modelfile, options, placement, programs, stats
 from fate_bind.errors import FateError, UsageError
@@ -25,11 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_verify = args[:1] == ["verify"]
     try:
         return _dispatch(args)
-    except UsageError as error:
-        print(f"fate: error: {error}", file=sys.stderr)
-        return 3 if is_verify else 2
     except FateError as error:
-        print(f"fate: error: {error}", file=sys.stderr)
+        print("fate: error:", " ".join(str(error).split()), file=sys.stderr)
+        if isinstance(error, UsageError) and not is_verify:
+            return 2
     except KeyboardInterrupt:
         return 130
     except Exception:  # the policy's own
@@ -116,7 +116,7 @@ def _verify(argv: list[str]) -> int:
 
 def _n_tokens(args: Sequence[str]) -> int:
     n_tokens = 64
-    for flag, value in zip(args, [*args[1:], ""], strict=True):
+    for flag, value in pairwise([*args, ""]):
         if flag in _N_TOKENS:
             if not value.isdecimal():
                 raise UsageError(f"{flag} {value}: expected the number of tokens to generate, 0 or more")

@@ -103,9 +103,10 @@ class Host:
             raise failure
 
     def store(self, failure: BaseException) -> None:
+        """Keep the first exception; tell `on_failure` at once if a run goes on in spite of it."""
         if self.failure is None:
             self.failure = failure
-            if self.on_failure is not None:
+            if self.on_failure is not None and self.engines:
                 self.on_failure(failure)
 
     def next_policy(self) -> Policy:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from fate_bind.errors import EngineError, LibraryError
@@ -58,3 +60,14 @@ def check(status: int) -> None:
 def _status_name(lib: Any, status: int) -> str:
     names = {getattr(lib, name): name for name in dir(lib) if name.startswith("FATE_STATUS_")}
     return names.get(status, str(status))
+
+
+def has_https() -> bool:
+    """Say whether llama.cpp was built with OpenSSL, which -hf and --model-url need; True if unknown."""
+    active = Path(__file__).resolve().parent.parent / "build" / "active.json"
+    try:
+        llama_dir = json.loads(active.read_text(encoding="utf-8"))["llama_dir"]
+        cache = (Path(llama_dir) / "CMakeCache.txt").read_text(encoding="utf-8")
+    except (OSError, ValueError, KeyError):
+        return True
+    return "LLAMA_OPENSSL:BOOL=OFF" not in cache

@@ -43,6 +43,7 @@ PROGRAMS = {
 
 _HELP = ("-h", "--help", "--usage")
 _INTERACTIVE = ("-cnv", "--conversation", "-i", "--interactive", "-if", "--interactive-first")
+_DOWNLOADS = ("-hf", "-hfr", "--hf-repo", "-mu", "--model-url")
 _PROMPT = ("-p", "--prompt", "-f", "--file", "-bf", "--binary-file", "-sys", "--system-prompt")
 # what `run` adds, with the embedded model only, unless one of the flags is given
 _STORY = (
@@ -87,6 +88,15 @@ def _complete(command: str, args: list[str]) -> list[str]:
     if command == "serve" and not placement.names_model(args):
         raise UsageError("serve needs a model: give -m FILE.gguf (llama.cpp's router mode is not supported)")
     modelfile.check_args(args, is_list=command == "bench")
+    if (
+        placement.given(args, _DOWNLOADS)
+        and not placement.given(args, ("--offline",))
+        and not library.has_https()
+    ):
+        raise UsageError(
+            "llama.cpp was built without OpenSSL, so it cannot download: install OpenSSL's headers "
+            "(Debian, Ubuntu: apt-get install libssl-dev) and run `python build.py build`, or give -m FILE.gguf"
+        )
     return args
 
 
