@@ -108,16 +108,22 @@ class Trace:
         return digest.hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Write the .npz file in one go."""
+        """Write the .npz file in one go; an old one is replaced only by a whole one."""
         arrays: dict[str, Any] = {
             name: getattr(self, name)
             for name in (*_ROW_COLUMNS, "prompt_start", "weights", "token_hash")
             if getattr(self, name) is not None
         }
         arrays["meta"] = np.array(json.dumps(dict(self.meta)))
+        path = Path(path)
+        unfinished = path.with_name(path.name + ".tmp")
         try:
-            np.savez_compressed(path, **arrays)
+            with unfinished.open("wb") as file:
+                np.savez_compressed(file, **arrays)
+            unfinished.replace(path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
             raise TraceError(f"trace {path} cannot be written: {error}") from error
 
 

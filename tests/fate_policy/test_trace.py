@@ -73,8 +73,11 @@ def test_any_numpy_reads_the_file(tmp_path: Path) -> None:
 
 def test_saved_in_one_go_comes_back(tmp_path: Path) -> None:
     routed = synthetic_trace()
-    routed.save(tmp_path / "t.npz")
-    assert same(trace.load(tmp_path / "t.npz"), routed)
+    routed.save(tmp_path / "any.name")
+    assert same(trace.load(tmp_path / "any.name"), routed)
+    assert [p.name for p in tmp_path.iterdir()] == ["any.name"]
+    with pytest.raises(TraceError, match="cannot be written"):
+        routed.save(tmp_path / "none" / "t.npz")
 
 
 def test_more_than_255_experts_are_uint16(tmp_path: Path) -> None:
