@@ -116,6 +116,13 @@ class Project:
     def record(self, **stages: Any) -> None:
         write_atomically(self.build / "state.json", json.dumps({**self.state(), **stages}, indent=1))
 
+    @contextlib.contextmanager
+    def stage(self, name: str, stamp: str) -> Iterator[None]:
+        """Leave the stamp only if the body ends well; an older one is gone before it starts."""
+        self.record(**{name: None})
+        yield
+        self.record(**{name: stamp})
+
 
 # ------------------------------------------------------------------------------------------------ small tools
 
@@ -301,16 +308,18 @@ def setup(project: Project) -> None:
     )
     if project.state().get("setup") == inputs and project.python.exists():
         return
-    version = answer(str(project.python), "-c", "import pip, sys; print(sys.version)")
-    if version is None or version.strip() != sys.version.strip():
-        base = getattr(sys, "_base_executable", sys.executable)
-        hint = "install the venv module (Debian, Ubuntu: apt-get install python3-venv) and run again"
-        run_logged(project, "venv", "making .venv", [base, "-m", "venv", "--clear", str(project.venv)], hint)
-    command = [str(project.python), "-m", "pip", "install", "--disable-pip-version-check"]
-    hint = "check the network or the index that `pip config list` shows, then run the same command again"
-    packages = ["-e", f"{project.root}[test]", *TOOLS]
-    run_logged(project, "pip", "installing packages", [*command, *packages], hint, {"PIP_USER": "0"})
-    project.record(setup=inputs)
+    with project.stage("setup", inputs):
+        version = answer(str(project.python), "-c", "import pip, sys; print(sys.version)")
+        if version is None or version.strip() != sys.version.strip():
+            base = getattr(sys, "_base_executable", sys.executable)
+            hint = "install the venv module (Debian, Ubuntu: apt-get install python3-venv) and run again"
+            run_logged(
+                project, "venv", "making .venv", [base, "-m", "venv", "--clear", str(project.venv)], hint
+            )
+        command = [str(project.python), "-m", "pip", "install", "--disable-pip-version-check"]
+        command += ["-e", f"{project.root}[test]", *TOOLS]
+        hint = "check the network or the index that `pip config list` shows, then run the same command again"
+        run_logged(project, "pip", "installing packages", command, hint, {"PIP_USER": "0"})
 
 
 def fetch(project: Project) -> Path:
@@ -824,12 +833,12 @@ def build_llama(
     """Compile llama.cpp unless nothing changed; return the stamp of what it was made from."""
     name = build.relative_to(project.build).as_posix().replace("/", "-")
     stamp = digest(tree, flags, targets, find_compiler().id, project.root)
-    whole = all((build / "bin").glob(f"*{target}*") for target in targets)
-    if project.state().get(name) != stamp or not (build / "build.ninja").exists() or not whole:
-        cmake_build(
-            project, name, source, build, [*flags, *launcher_flags("-DGGML_CUDA=ON" in flags)], targets, jobs
-        )
-        project.record(**{name: stamp})
+    made = [path.name.split(".")[0] for path in (build / "bin").glob("*")]
+    whole = all(target in made or f"lib{target}" in made for target in targets)
+    if project.state().get(name) != stamp or not whole:
+        launchers = launcher_flags("-DGGML_CUDA=ON" in flags)
+        with project.stage(name, stamp):
+            cmake_build(project, name, source, build, [*flags, *launchers], targets, jobs)
     return stamp
 
 
@@ -879,21 +888,18 @@ def build_all(project: Project, options: Options, jobs: int, source: Path | None
     ]
     stamp = digest(llama_stamp, ours, native_flags)
     if project.state().get(native.name) != stamp or not list(native.glob("libfate.*")):
-        launchers = launcher_flags(cuda is not None)
-        cmake_build(project, native.name, project.native, native, [*native_flags, *launchers], ["all"], jobs)
-        project.record(**{native.name: stamp})
+        flags = [*native_flags, *launcher_flags(cuda is not None)]
+        with project.stage(native.name, stamp):
+            cmake_build(project, native.name, project.native, native, flags, ["all"], jobs)
 
     maker = project.root / "fate_bind" / "_build_ffi.py"
     stamp = digest(build_id, native, maker.read_text(encoding="utf-8"), sys.version)
     if project.state().get("extension") != stamp or not list(maker.parent.glob("_fate.*.so")):
         command = [str(project.python), "-m", "fate_bind._build_ffi", "--native-dir", str(native)]
-        hint = (
-            "the headers of Python may be missing (Debian, Ubuntu: apt-get install python3-dev); read the log"
-        )
-        run_logged(
-            project, "extension", "compiling the Python extension", [*command, "--build-id", build_id], hint
-        )
-        project.record(extension=stamp)
+        command += ["--build-id", build_id]
+        hint = "read the log; Python's headers may be missing (Debian, Ubuntu: apt-get install python3-dev)"
+        with project.stage("extension", stamp):
+            run_logged(project, "extension", "compiling the Python extension", command, hint)
 
     active = {"backend": options.backend, "variant": variant(options), "build_id": build_id, "tree": tree}
     active |= {"native_dir": str(native), "llama_dir": str(llama), "source_dir": str(project.src)}

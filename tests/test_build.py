@@ -597,7 +597,6 @@ def fake_build(project: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         for made in {
             "pip": [project.python],
             "llama-cpu-build": [
-                project.build / "llama-cpu" / "build.ninja",
                 *(project.build / "llama-cpu" / "bin" / name for name in build.TARGETS),
             ],
             "native-cpu-build": [project.build / "native-cpu" / "libfate.so"],
@@ -637,6 +636,42 @@ def test_our_native_code_never_recompiles_llama(project: Any, fake_build: list[s
     build.build_all(project, cpu, 2)
     assert fake_build == ALL[2:]
     assert json.loads((project.build / "active.json").read_text(encoding="utf-8"))["build_id"] != first
+
+
+def test_a_product_that_is_missing_is_made_again(project: Any, fake_build: list[str]) -> None:
+    cpu = build.Options(backend="cpu")
+    build.build_all(project, cpu, 2)
+    for product, stages in (
+        (project.build / "llama-cpu" / "bin" / "llama-cli", ALL[:2]),
+        (project.build / "native-cpu" / "libfate.so", ALL[2:4]),
+        (project.native.parent / "_fate.abi3.so", ALL[4:]),
+    ):
+        fake_build.clear()
+        product.unlink()
+        build.build_all(project, cpu, 2)
+        assert fake_build == stages
+
+
+def test_an_older_stamp_does_not_cover_an_interrupted_build(
+    project: Any, fake_build: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The accident: a folder was emptied, Ctrl-C stopped its build, the old stamp said it was whole."""
+    run, cpu = build.run_logged, build.Options(backend="cpu")
+    build.build_all(project, cpu, 2)
+    shutil.rmtree(project.build / "llama-cpu")
+
+    def interrupt(project: Any, name: str, *rest: Any) -> None:
+        run(project, name, *rest)
+        if name == "llama-cpu-build":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "run_logged", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build.build_all(project, cpu, 2)
+    fake_build.clear()
+    build.build_all(project, cpu, 2)
+    assert fake_build == ALL[:2]
 
 
 def test_a_build_that_failed_is_tried_again(
