@@ -115,8 +115,9 @@ typedef int32_t (*fate_open_fn)(void * user, fate_engine * engine);
 typedef int32_t (*fate_step_fn)(void * user, fate_engine * engine, const fate_step * step, float * scores, float * bonus,
                                 int32_t * published);
 // One op of a layer missed. Write victims[n_victims]: distinct resident experts of this layer, none of needed. n_victims may be 0.
+// last_use[n_experts of the layer]: the layer's clock at each expert's last use, 0: never; at seeding the uses of the step at hand are in it.
 typedef int32_t (*fate_miss_fn)(void * user, fate_engine * engine, int32_t layer, int32_t n_needed, const int32_t * needed,
-                                int32_t n_missing, const int32_t * missing, int32_t n_victims, int32_t * victims);
+                                int32_t n_missing, const int32_t * missing, const int64_t * last_use, int32_t n_victims, int32_t * victims);
 // The context ends; the engine is valid until this returns.
 typedef void (*fate_close_fn)(void * user, fate_engine * engine);
 

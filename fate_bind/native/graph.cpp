@@ -12,13 +12,14 @@ class fate_engine_io final : public fate_layer_io {
 public:
     fate_engine_io(fate_engine & engine, int32_t layer) : engine_(engine), layer_(layer) {}
 
-    bool ask(const std::vector<int32_t> & needed, const std::vector<int32_t> & missing, int32_t n, int32_t * victims) override {
+    bool ask(const std::vector<int32_t> & needed, const std::vector<int32_t> & missing, const int64_t * last_use, int32_t n,
+             int32_t * victims) override {
         if (engine_.policy_failed_) {
             return false;
         }
         const fate_config & config = engine_.config_;
         const int32_t       status = config.on_miss(config.user, &engine_, layer_, static_cast<int32_t>(needed.size()), needed.data(),
-                                                    static_cast<int32_t>(missing.size()), missing.data(), n, victims);
+                                                    static_cast<int32_t>(missing.size()), missing.data(), last_use, n, victims);
         if (status != FATE_STATUS_OK) {
             engine_.fail_policy();
         }

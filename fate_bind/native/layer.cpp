@@ -69,7 +69,7 @@ void fate_layer::choose(bool callback, fate_layer_io & io) {
     }
     const int32_t n = std::max<int32_t>(0, static_cast<int32_t>(missing_.size()) - n_free_);
     answer_.resize(n);
-    if (!io.ask(needed_, missing_, n, answer_.data())) {
+    if (!io.ask(needed_, missing_, last_use_.data(), n, answer_.data())) {
         answer_.clear();
     } else if (!valid_answer()) {
         answer_.clear();

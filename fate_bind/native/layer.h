@@ -13,7 +13,8 @@ public:
     virtual ~fate_layer_io() = default;
 
     // Callback mode: fill victims[n] with distinct resident experts that are not needed; false: the rule decides. Also called with n == 0.
-    virtual bool ask(const std::vector<int32_t> & needed, const std::vector<int32_t> & missing, int32_t n, int32_t * victims) = 0;
+    virtual bool ask(const std::vector<int32_t> & needed, const std::vector<int32_t> & missing, const int64_t * last_use, int32_t n,
+                     int32_t * victims) = 0;
 
     virtual void reject() = 0; // the answer was none: the rule decides
 

@@ -26,7 +26,7 @@ struct fuzz_io : fate_layer_io {
 
     fuzz_io(script & input, int32_t n_slots) : input(input), expert_in(n_slots, -1) {}
 
-    bool ask(const std::vector<int32_t> &, const std::vector<int32_t> &, int32_t n, int32_t * victims) override {
+    bool ask(const std::vector<int32_t> &, const std::vector<int32_t> &, const int64_t *, int32_t n, int32_t * victims) override {
         for (int32_t i = 0; i < n; ++i) {
             victims[i] = static_cast<int8_t>(input.next());
         }

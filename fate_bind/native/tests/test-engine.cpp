@@ -90,8 +90,8 @@ static int32_t on_step(void * user, fate_engine *, const fate_step * step, float
     return FATE_STATUS_OK;
 }
 
-static int32_t on_miss(void * user, fate_engine *, int32_t, int32_t, const int32_t * needed, int32_t, const int32_t *, int32_t n_victims,
-                       int32_t * victims) {
+static int32_t on_miss(void * user, fate_engine *, int32_t, int32_t, const int32_t * needed, int32_t, const int32_t *, const int64_t *,
+                       int32_t n_victims, int32_t * victims) {
     user_data * data = static_cast<user_data *>(user);
     ++data->misses;
     for (int32_t i = 0; i < n_victims; ++i) {

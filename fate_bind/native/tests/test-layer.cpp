@@ -13,7 +13,7 @@ struct fake_io : fate_layer_io {
     int                        n_asked    = 0;
     int                        n_rejected = 0;
 
-    bool ask(const std::vector<int32_t> &, const std::vector<int32_t> &, int32_t n, int32_t * out) override {
+    bool ask(const std::vector<int32_t> &, const std::vector<int32_t> &, const int64_t *, int32_t n, int32_t * out) override {
         ++n_asked;
         for (int32_t i = 0; i < n && i < static_cast<int32_t>(victims.size()); ++i) {
             out[i] = victims[i];
