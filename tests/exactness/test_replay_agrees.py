@@ -1,0 +1,100 @@
+"""Replaying a recorded trace gives the engine's own counters exactly (invariant 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fate_bind.session import Session
+from fate_policy.base import Policy
+from fate_policy.frequency import Frequency
+from fate_policy.lru import LRU
+from fate_policy.random import Random
+from fate_policy.replay import replay
+from fate_policy.static import Static
+from fate_policy.trace import load
+
+pytestmark = pytest.mark.model
+
+ARGS = ["-c", "1024", "-np", "4", "-ub", "32"]
+TEXT = "def mean(values):\n    return sum(values) / len(values)\n\nOnce upon a time there was a boy who counted stars."
+
+
+def drive(session: Session) -> None:
+    """Prompts and decode, several sequences, batches that only partly ask for logits."""
+    tokens = session.tokenize(TEXT)
+    session.logits(tokens)
+    "".join(session.generate(" He", 30))
+    session.clear()
+    for sequence in range(4):
+        part = tokens[sequence * 4 : sequence * 4 + 6]
+        session.decode(part, range(6), [sequence] * 6, [False] * 5 + [True])
+    for position in range(6, 18):
+        session.decode(tokens[position : position + 4], [position] * 4, range(4), [True, False, True, True])
+    session.decode(tokens[:3], [18] * 3, range(3), [False, False, False])
+
+
+def static_of(path: Path) -> Static:
+    return Static(profile=str(path))
+
+
+POLICIES: dict[str, Callable[[Path], Policy]] = {
+    "lru": lambda _: LRU(),
+    "frequency": lambda _: Frequency(),
+    "lfru": lambda _: Frequency(half_life_tokens=8, lfru=True),
+    "random": lambda _: Random(seed=3),
+    "static": static_of,
+}
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("profile") / "trace.npz"
+    with Session(args=ARGS, record=path) as session:
+        drive(session)
+    return path
+
+
+@pytest.mark.parametrize("slots", [4, 10, 16, 31])
+@pytest.mark.parametrize("mode,sync", [("table", True), ("table", False), ("callback", True)])
+@pytest.mark.parametrize("name", POLICIES)
+def test_counters_agree(name: str, mode: str, sync: bool, slots: int, profile: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trace.npz"
+    with Session(
+        args=ARGS, policy=POLICIES[name](profile), slots=slots, mode=mode, sync=sync, record=path
+    ) as session:
+        drive(session)
+        session.check()
+    engine = session.counters()
+    trace = load(path)
+    replayed = replay(trace, POLICIES[name](profile), mode=mode, sync=sync)
+
+    assert engine == replayed, f"{engine.totals()}\n{replayed.totals()}"
+    totals = engine.totals()
+    assert totals["hits"] > 0 and totals["misses"] > 0 and totals["bypassed"] > 0 and totals["seed_fills"] > 0
+    assert totals["tokens"] == trace.n_tokens
+    # the trace's last layer has rows only where logits were asked for
+    assert (np.asarray(trace.path)[:, -1] == 0).any() and (np.asarray(trace.path)[:, 0] != 0).all()
+
+
+def test_lru_in_callback_mode_counts_like_table_mode(tmp_path: Path) -> None:
+    counters = []
+    for mode in ("table", "callback"):
+        with Session(args=ARGS, policy="lru", slots=10, mode=mode) as session:
+            drive(session)
+        counters.append(session.counters())
+    assert counters[0] == counters[1]
+
+
+def test_recorded_weights_are_the_routers(tmp_path: Path) -> None:
+    with Session(args=ARGS, record=tmp_path / "trace.npz") as session:
+        drive(session)
+    trace = load(tmp_path / "trace.npz")
+    assert trace.weights is not None
+    ran = np.asarray(trace.path) != 0
+    weights = np.asarray(trace.weights, np.float32)[ran]
+    assert np.allclose(weights.sum(axis=-1), 1.0, atol=4e-3)  # this model normalises over its k
+    assert (np.diff(weights, axis=-1) <= 0).all()
