@@ -560,6 +560,7 @@ def patch_edit(project: Project, source: Path | None) -> None:
         if "does not apply" not in error.what:
             raise
         note(f"{error.what}\napplying the series with `git am -3` instead")
+        git(project.src, "reset", "-q", "--hard", "pristine")
         try:
             git(project.src, "am", "-3", "--keep-non-patch", *(str(patch) for patch in project.series()))
         except subprocess.CalledProcessError as stop:

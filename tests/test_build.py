@@ -281,6 +281,23 @@ def test_hand_edited_patch_is_noticed(project: Any) -> None:
         build.prepare_source(project)
 
 
+def test_patch_edit_leaves_a_drifted_patch_to_resolve(
+    project: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The accident: the series was applied on top of itself, and conflicted with its own lines."""
+    project = with_series(project)
+    build.prepare_source(project)
+    patch = project.patches / "hook.patch"
+    patch.write_text(patch.read_text(encoding="utf-8").replace("-five", "-cinq"), encoding="utf-8")
+    build.patch_edit(project, None)
+    assert "git am --continue" in capsys.readouterr().out
+    assert build.git(project.src, "log", "--format=%s", "pristine..HEAD") == "door : two is zwei"
+    build.git(project.src, "am", "--abort")
+    commit_patch(project, "hook : five is funf", "five", "funf")
+    build.export_patches(project)
+    assert build.prepare_source(project) == project.pin["patched_tree"]
+
+
 def test_edits_of_the_source_tree_are_built_and_kept(
     project: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
