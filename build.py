@@ -23,6 +23,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import time
@@ -667,6 +668,20 @@ def check_git() -> None:
         raise BuildError("git is missing", "install it (Debian, Ubuntu: apt-get install git) and run again")
 
 
+def python_headers() -> Path | None:
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return header if header.exists() else None
+
+
+def check_python_headers() -> None:
+    """Stop before the long compile, not after it, where the Python extension could not be compiled."""
+    if python_headers() is None:
+        raise BuildError(
+            f"Python.h is not in {sysconfig.get_path('include')}",
+            "install the headers of this Python (Debian, Ubuntu: apt-get install python3-dev) and run again",
+        )
+
+
 def has_openssl(compiler: Compiler) -> bool:
     """Tell whether the compiler sees OpenSSL, without compiling: this is asked on every run."""
     header = "#if !__has_include(<openssl/ssl.h>)\n#error\n#endif\n"
@@ -863,6 +878,7 @@ def build_all(project: Project, options: Options, jobs: int, source: Path | None
     """Bring everything up to date: environment, source, llama.cpp, our library, the Python extension."""
     check_git()
     compiler = find_compiler()
+    check_python_headers()
     setup(project)
     options, cuda = resolve_backend(project, options)
     if options.ui and not (shutil.which("node") and shutil.which("npm")):
@@ -898,7 +914,7 @@ def build_all(project: Project, options: Options, jobs: int, source: Path | None
     if project.state().get("extension") != stamp or not list(maker.parent.glob("_fate.*.so")):
         command = [str(project.python), "-m", "fate_bind._build_ffi", "--native-dir", str(native)]
         command += ["--build-id", build_id]
-        hint = "read the log; Python's headers may be missing (Debian, Ubuntu: apt-get install python3-dev)"
+        hint = "read the log; after a fix run the same command again"
         with project.stage("extension", stamp):
             run_logged(project, "extension", "compiling the Python extension", command, hint)
 
@@ -921,6 +937,7 @@ def doctor(project: Project) -> None:
 
     print("found")
     line("Python", f"{sys.version.split()[0]} ({sys.executable})")
+    line("Python.h", python_headers(), "no build (apt-get install python3-dev)")
     line("git", (answer("git", "--version") or "").strip(), "nothing works without it")
     compiler = None
     try:

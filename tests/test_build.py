@@ -397,6 +397,15 @@ def test_broken_compiler_is_found_before_cmake_runs(tmp_path: Path) -> None:
         build.check_compiler(build.Compiler("cc", str(cxx), "old"))
 
 
+def test_missing_python_headers_stop_before_the_long_compile(
+    project: Any, fake_build: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "python_headers", lambda: None)
+    with pytest.raises(build.BuildError, match=r"Python\.h is not in"):
+        build.build_all(project, build.Options(backend="cpu"), 2)
+    assert fake_build == []
+
+
 def fake_toolkit(root: Path) -> Path:
     """Make an nvcc that is a wrapper beside its real toolkit, as distributions install it."""
     (root / "toolkit" / "bin").mkdir(parents=True)
