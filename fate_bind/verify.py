@@ -149,7 +149,8 @@ def verify(
             position += len(batch)
             if not batches and position < len(tokens) + n_tokens:
                 batches = [np.array([np.argmax(expected[-1])], np.int32)]
-        pooled.check()
+        if difference is None:
+            pooled.check()
     report = pooled.report()
     return VerifyResult(position * reference.n_vocab, position, difference, report)
 

@@ -196,6 +196,7 @@ FATE_API const char * fate_model_prompt(const fate_model * model);              
 FATE_API int32_t fate_context_open(fate_model * model, int32_t engine, fate_context ** context);
 FATE_API void    fate_context_close(fate_context * context); // null is ignored
 FATE_API int32_t fate_context_n_ctx(const fate_context * context);
+// The most tokens that one decode takes.
 FATE_API int32_t fate_context_n_batch(const fate_context * context);
 FATE_API int32_t fate_context_n_seq_max(const fate_context * context);
 // The engine of this context, null if it has none.

@@ -183,7 +183,10 @@ int32_t fate_context_n_ctx(const fate_context * context) {
 }
 
 int32_t fate_context_n_batch(const fate_context * context) {
-    return static_cast<int32_t>(llama_n_batch(context->ctx.get()));
+    // without causal attention llama.cpp needs the whole batch in one ubatch, and aborts if it gets more
+    const llama_context * ctx   = context->ctx.get();
+    const bool            whole = !context->memory() || !ctx->get_cparams().causal_attn || fate_model_has_encoder(context->model);
+    return static_cast<int32_t>(whole ? std::min(llama_n_batch(ctx), llama_n_ubatch(ctx)) : llama_n_batch(ctx));
 }
 
 int32_t fate_context_n_seq_max(const fate_context * context) {

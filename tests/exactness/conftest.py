@@ -59,7 +59,7 @@ def architectures(build: Build) -> Iterator[Path]:
         )
         assert done.returncode == 0, done.stderr[-2000:]
         stamp.touch()
-    yield folder
+    return folder
 
 
 @pytest.fixture(scope="session")
