@@ -22,7 +22,7 @@ from fate_policy.driver import Driver
 from fate_policy.trace import Trace, TraceWriter, geometry_meta, load
 
 _MODES = {"off": "FATE_MODE_OFF", "table": "FATE_MODE_TABLE", "callback": "FATE_MODE_CALLBACK"}
-_EVENTS_AND_QUESTIONS = ("start", "observe", "admit", "drop", "scores", "bonus")
+_EVENTS_AND_QUESTIONS = ("start", "observe", "admit", "drop", "scores", "bonus", "victims")
 
 _one_configuration = threading.RLock()
 _alive: set[Host] = set()  # the library holds no reference, so this does
@@ -215,7 +215,7 @@ class Engine:
         needed: NDArray[np.int32],
         missing: NDArray[np.int32],
         n_victims: int,
-        last_use: NDArray[np.int64] | None,
+        last_use: NDArray[np.int64],
     ) -> NDArray[np.int32]:
         """Return the victims that the policy names, and tell it what then happens."""
         began = time.perf_counter()
@@ -307,10 +307,10 @@ class Engine:
                 self.host.store(error)
 
     def _meta(self) -> dict[str, Any]:
-        ffi = library.load().ffi
+        info = self._info()
         resolved = self.host.config.as_dict()
         return {
-            "model": library.text(ffi, self._info().geometry.model),
+            "model": library.text(library.load().ffi, info.geometry.model),
             **geometry_meta(self.geometry),
             **{key: resolved[key] for key in ("policy", "mode", "sync", "refresh_tokens")},
         }
@@ -322,8 +322,8 @@ class Engine:
         return info
 
     def _read_geometry(self) -> Geometry:
-        geometry = self._info().geometry
-        n = geometry.n_layers
+        info = self._info()  # owns the geometry
+        geometry, n = info.geometry, info.geometry.n_layers
         return Geometry(
             n_experts=_array(geometry.n_experts, (n,), np.int32),
             k=_array(geometry.k, (n,), np.int32),
@@ -389,10 +389,10 @@ def _install(loaded: library.Library) -> None:
         needed: Any,
         n_missing: int,
         missing: Any,
-        *rest: Any,
+        last_use: Any,
+        n_victims: int,
+        victims: Any,
     ) -> int:
-        *last_use, n_victims, victims = rest
-
         def call(host: Host) -> None:
             half = host.find(engine)
             n_experts = int(half.geometry.n_experts[layer])
@@ -401,7 +401,7 @@ def _install(loaded: library.Library) -> None:
                 _array(needed, (n_needed,), np.int32),
                 _array(missing, (n_missing,), np.int32),
                 n_victims,
-                _array(last_use[0], (n_experts,), np.int64) if last_use else None,
+                _array(last_use, (n_experts,), np.int64),
             )
             ffi.memmove(victims, answer, answer.nbytes)
 

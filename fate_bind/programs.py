@@ -88,14 +88,11 @@ def _complete(command: str, args: list[str]) -> list[str]:
     if command == "serve" and not placement.names_model(args):
         raise UsageError("serve needs a model: give -m FILE.gguf (llama.cpp's router mode is not supported)")
     modelfile.check_args(args, is_list=command == "bench")
-    if (
-        placement.given(args, _DOWNLOADS)
-        and not placement.given(args, ("--offline",))
-        and not library.has_https()
-    ):
+    downloads = placement.given(args, _DOWNLOADS) and not placement.given(args, ("--offline",))
+    if downloads and not library.has_https():
         raise UsageError(
-            "llama.cpp was built without OpenSSL, so it cannot download: install OpenSSL's headers "
-            "(Debian, Ubuntu: apt-get install libssl-dev) and run `python build.py build`, or give -m FILE.gguf"
+            "llama.cpp was built without OpenSSL, so it cannot download: give -m FILE.gguf, or install the "
+            "headers of OpenSSL (Debian, Ubuntu: apt-get install libssl-dev) and run `python build.py build`"
         )
     return args
 

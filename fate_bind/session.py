@@ -394,10 +394,12 @@ class Session:
     def record(self) -> Trace:
         """Return the routing recorded so far.
 
-        Until `close` the last step is missing from it, unless `sync` is true, the mode is callback, or the
-        policy is plain LRU.
+        Without `sync` this hands the policy the last step now instead of one step later.
         """
+        ffi, lib = library.load()
         engine = self._engine()
+        if self._context is not None and (pointer := lib.fate_context_engine(self._context)) != ffi.NULL:
+            self._check(lib.fate_engine_flush(pointer))
         trace = engine.recorded() if engine is not None else None
         if trace is None:
             raise EngineError(

@@ -1,0 +1,267 @@
+"""Policies that behave and policies that do not, driven through C."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fate_bind import callbacks
+from fate_bind.errors import EngineError, PolicyConfigError, PolicyError, TraceError
+from fate_bind.library import Library
+from fate_bind.session import Session
+from fate_policy.base import Geometry, History, Policy, Step
+from fate_policy.frequency import Frequency
+from fate_policy.replay import replay
+from fate_policy.trace import load
+
+TOKENS = [0, 3, 5, 1, 7, 2, 2, 6]
+
+
+class Watching(Policy):
+    """Note everything that it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+
+    def start(self, geometry: Geometry) -> None:
+        self.events = ["start"]
+
+    def observe(self, step: Step) -> None:
+        self.events.append(step)
+
+    def admit(self, layer: int, experts: NDArray[np.int32]) -> None:
+        self.events.append(("admit", layer, experts.tolist()))
+
+    def drop(self, layer: int, experts: NDArray[np.int32]) -> None:
+        self.events.append(("drop", layer, experts.tolist()))
+
+
+class Raising(Policy):
+    """Fail in one method."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def _maybe(self, method: str) -> None:
+        if method == self.where:
+            raise ZeroDivisionError(f"in {method}")
+
+    def start(self, geometry: Geometry) -> None:
+        self._maybe("start")
+
+    def observe(self, step: Step) -> None:
+        self._maybe("observe")
+
+    def scores(self, history: History) -> NDArray[np.float32]:
+        self._maybe("scores")
+        return np.zeros(history.last_use.shape, np.float32)
+
+    def victims(self, layer: int, n: int, pinned: NDArray[np.bool_], history: History) -> Any:
+        self._maybe("victims")
+        return super().victims(layer, n, pinned, history)
+
+
+class Lying(Policy):
+    """Answer with what `answer` says."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def scores(self, history: History) -> Any:
+        return self.answer
+
+    def victims(self, layer: int, n: int, pinned: NDArray[np.bool_], history: History) -> Any:
+        return [int(np.flatnonzero(pinned)[0])] * n if self.answer == "pinned" else self.answer
+
+
+def test_a_plain_lru_in_table_mode_never_calls_python(fake: Library, model: Path) -> None:
+    with Session(model) as session:
+        assert session._host is not None
+        assert session._host.is_silent
+        session.logits(TOKENS)
+        assert session._host.engines[0].driver is None
+        assert session.stats()["policy_seconds"] == 0.0
+        assert session.stats()["tokens"] == len(TOKENS)
+
+
+def test_a_policy_sees_each_step_as_it_was(fake: Library, model: Path) -> None:
+    policy = Watching()
+    with Session(model, policy=policy, sync=True) as session:
+        session.logits(TOKENS)
+    steps = [event for event in policy.events if isinstance(event, Step)]
+    assert [step.tokens.tolist() for step in steps] == [[token] for token in TOKENS]
+    assert [step.positions.tolist() for step in steps] == [[i] for i in range(len(TOKENS))]
+    assert steps[1].ids.tolist() == [[[3, 6], [4, 7]]]
+    assert steps[0].fills.tolist() == [[0, 3], [0, 0], [1, 4], [1, 1]]
+    assert not steps[0].ids.flags.writeable
+    assert sum(len(step.fills) for step in steps) == session.counters().fills.sum()
+
+
+def test_callback_mode_tells_drops_before_admissions(fake: Library, model: Path) -> None:
+    policy = Watching()
+    with Session(model, policy=policy, mode="callback") as session:
+        session.logits(TOKENS)
+    moves = [event for event in policy.events if isinstance(event, tuple) and event[1] == 0]
+    assert moves[:3] == [("admit", 0, [3, 0]), ("admit", 0, [6]), ("admit", 0, [5])]
+    assert moves[3:5] == [("drop", 0, [6, 3]), ("admit", 0, [4, 1])]
+    assert sum(len(m[2]) for m in moves if m[0] == "drop") == session.counters().evictions[0] > 0
+
+
+def test_lru_gives_the_same_counters_in_both_modes_and_in_replay(fake: Library, model: Path) -> None:
+    counted = []
+    for mode in ("table", "callback"):
+        with Session(model, policy="lru", mode=mode, record=True) as session:
+            session.logits(TOKENS * 3)
+        assert replay(session.record(), "lru", mode=mode) == session.counters()
+        counted.append(session.counters())
+    assert counted[0] == counted[1]
+    assert counted[0].evictions.sum() > 0
+
+
+@pytest.mark.parametrize("mode", ["table", "callback"])
+@pytest.mark.parametrize("where", ["observe", "scores"])
+def test_an_exception_of_the_policy_reaches_the_caller_as_itself(
+    fake: Library, model: Path, where: str, mode: str
+) -> None:
+    with Session(model, policy=Raising(where), mode=mode) as session:
+        with pytest.raises(ZeroDivisionError, match=f"in {where}"):
+            session.logits(TOKENS)
+        session.logits(TOKENS)  # goes on as LRU
+        assert session.stats()["policy_error"] == f"ZeroDivisionError: in {where}"
+        assert session.stats()["tokens"] == 2 * len(TOKENS)
+
+
+def test_an_exception_in_victims_reaches_the_caller_as_itself(fake: Library, model: Path) -> None:
+    with Session(model, policy=Raising("victims"), mode="callback") as session:
+        with pytest.raises(ZeroDivisionError, match="in victims"):
+            session.logits(TOKENS)
+        session.logits(TOKENS)
+
+
+def test_an_exception_at_the_start_refuses_the_context(fake: Library, model: Path) -> None:
+    with pytest.raises(ZeroDivisionError, match="in start"):
+        Session(model, policy=Raising("start"))
+    assert not callbacks._alive
+
+
+@pytest.mark.parametrize(
+    ("mode", "answer", "fault"),
+    [
+        ("table", np.zeros((1, 1), np.float32), "shape"),
+        ("table", np.full((2, 8), np.nan, np.float32), "NaN"),
+        ("table", "nonsense", "scores"),
+        ("callback", "pinned", "pinned"),
+        ("callback", [99, 98], "does not exist"),
+        ("callback", [], "expected"),
+        ("callback", None, "whole numbers"),
+    ],
+)
+def test_a_wrong_answer_is_a_policy_error(
+    fake: Library, model: Path, mode: str, answer: Any, fault: str
+) -> None:
+    class Careful(Lying):
+        def scores(self, history: History) -> Any:
+            return None if mode == "callback" else self.answer
+
+    with Session(model, policy=Careful(answer), mode=mode) as session:
+        with pytest.raises(PolicyError, match=fault):
+            session.logits(TOKENS)
+        session.logits(TOKENS)
+        session.check()
+
+
+def test_a_policy_without_scores_needs_callback_mode(fake: Library, model: Path) -> None:
+    class OnlyVictims(Policy):
+        def victims(self, layer: int, n: int, pinned: NDArray[np.bool_], history: History) -> Any:
+            return super().victims(layer, n, pinned, history)
+
+    with pytest.raises(PolicyConfigError, match="--fate-mode callback"):
+        Session(model, policy=OnlyVictims(), mode="table")
+    with Session(model, policy=OnlyVictims(), mode="callback") as session:
+        session.logits(TOKENS)
+
+
+def test_nothing_is_collected_while_the_library_may_call_it(fake: Library, model: Path) -> None:
+    """The library holds a pointer that Python's garbage collector does not see."""
+    policy = Watching()
+    seen = weakref.ref(policy)
+    session = Session(model, policy=policy, sync=True)
+    host = weakref.ref(session._host)
+    session._host = None
+    del policy
+    gc.collect()
+    session.logits(TOKENS)
+    held = seen()
+    assert held is not None
+    assert len([event for event in held.events if isinstance(event, Step)]) == len(TOKENS)
+    del held
+    session.close()
+    del session
+    gc.collect()
+    assert seen() is None
+    assert host() is None
+    assert not callbacks._alive
+
+
+def test_a_session_that_is_forgotten_closes_its_context(fake: Library, model: Path) -> None:
+    session = Session(model, policy=Watching())
+    session.logits(TOKENS)
+    del session
+    gc.collect()
+    assert not callbacks._alive
+
+
+def test_a_record_survives_a_policy_that_fails(fake: Library, model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trace.npz"
+    with (
+        Session(model, policy=Raising("observe"), record=path, sync=True) as session,
+        pytest.raises(ZeroDivisionError),
+    ):
+        session.logits(TOKENS)
+    trace = load(path)
+    assert trace.token_id.tolist() == TOKENS
+    assert trace.meta["model"] == "fake"
+    assert trace.meta["n_slots"] == [4, 4]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_record_that_cannot_be_written_does_not_stop_the_policy(
+    fake: Library, model: Path, tmp_path: Path
+) -> None:
+    policy = Watching()
+    with (
+        Session(model, policy=policy, record=tmp_path / "no" / "trace.npz", sync=True) as session,
+        pytest.raises(TraceError, match="cannot be recorded"),
+    ):
+        session.logits(TOKENS)
+    assert len([event for event in policy.events if isinstance(event, Step)]) == len(TOKENS)
+
+
+def test_two_sessions_on_one_model_have_a_pool_and_a_policy_each(fake: Library, model: Path) -> None:
+    policy = Watching()
+    first = Session(model, policy=policy, sync=True)
+    second = first.fork(slots=5)
+    first.logits(TOKENS)
+    first.close()
+    second.logits(TOKENS[:2])
+    assert second.stats()["slots"] == 10
+    assert second.stats()["tokens"] == 2
+    second.close()
+    assert first.stats()["tokens"] == len(TOKENS)
+
+
+def test_a_required_pool_that_does_not_engage_is_an_error(fake: Library, model: Path) -> None:
+    with pytest.raises(EngineError, match="not engaged because all experts resident"):
+        Session(model, slots=8, require=True)
+    with Session(model, slots=8, policy=Frequency()) as session:
+        session.logits(TOKENS)
+        assert session.stats()["engaged"] is False
+        assert session.stats()["reason"] == "all experts resident"
+        with pytest.raises(EngineError, match="nothing was recorded"):
+            session.record()

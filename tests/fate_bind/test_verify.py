@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fate_bind.__main__ import main
+from fate_bind.library import Library
+from fate_bind.verify import verify
+
+
+def test_equal_logits_are_identical(fake: Library, model: Path) -> None:
+    result = verify(model, prompt=[1, 2, 3], n_tokens=5)
+    assert result.exit_code == 0
+    assert (result.n_tokens, result.n_logits) == (8, 8 * 16)
+    assert result.message == (
+        f"identical: 128 logits over 8 tokens, 2 of 2 MoE layers engaged, {result.pooled} pooled pairs, "
+        f"{result.fills} fills, {result.evictions} evictions"
+    )
+    assert result.pooled == 8 * 2 * 2
+
+
+@pytest.mark.parametrize("position", [0, 2, 3, 7])
+def test_the_first_different_bit_is_found(
+    fake: Library, model: Path, monkeypatch: pytest.MonkeyPatch, position: int
+) -> None:
+    monkeypatch.setenv("FAKE_WRONG_LOGIT", str(position))
+    result = verify(model, prompt=[5, 6, 7], n_tokens=5)
+    assert result.exit_code == 1
+    assert result.message == (
+        f"different: token position {position}, vocabulary id 3: 0x3e800000 (0.25) without the pool, "
+        "0x3e800001 (0.25000003) with it"
+    )
+
+
+def test_a_pool_that_does_not_engage_proves_nothing(fake: Library, model: Path) -> None:
+    result = verify(model, prompt=[1, 2, 3], n_tokens=2, slots=8)
+    assert (result.exit_code, result.message) == (2, "not verified: not engaged because all experts resident")
+
+
+def test_the_prompt_comes_from_the_flags(fake: Library, model: Path) -> None:
+    assert verify(model, ["-p", "four"], n_tokens=0).n_tokens == 4
+
+
+def test_a_model_without_a_tokenizer_gets_tokens_made_of_the_bytes(fake: Library, model: Path) -> None:
+    assert verify(model, prompt="?abc", n_tokens=1).n_tokens == 5
+
+
+def test_the_command_exits_as_documented(
+    fake: Library, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["verify", "-m", str(model), "-n", "4"]
+    assert main([*command, "--fate-slots", "4"]) == 0
+    assert capsys.readouterr().out.startswith("identical: ")
+    assert main([*command, "--fate-slots=8"]) == 2
+    assert main([*command, "--fate-slot=8"]) == 3
+    assert main(["verify", "-m", "none.gguf"]) == 3
+    assert main([*command[:-1], "many"]) == 3
+    assert main([*command[:-1], "300"]) == 3
+    errors = capsys.readouterr().err
+    assert "did you mean --fate-slots?" in errors
+    assert "do not fit the context of 256" in errors
+    assert "Traceback" not in errors
+    monkeypatch.setenv("FAKE_WRONG_LOGIT", "1")
+    assert main([*command, "--fate-slots", "4"]) == 1
