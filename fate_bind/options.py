@@ -47,7 +47,7 @@ def take(argv: Sequence[str]) -> tuple[Options, list[str]]:
         flag, equals, value = arg.partition("=")
         name = flag.removeprefix("--fate-")
         if name not in _FLAGS:
-            near = difflib.get_close_matches(flag, [f"--fate-{known}" for known in _FLAGS], n=1)
+            near = difflib.get_close_matches(name, _FLAGS, n=1)
             hint = (
                 f"did you mean {near[0]}?" if near else "known: " + ", ".join(f"--fate-{n}" for n in _FLAGS)
             )

@@ -18,7 +18,8 @@ from fate_policy.trace import load
 
 KEYS = {
     "engaged", "reason", "policy", "mode", "layers", "slots", "routed", "hits", "misses", "staged",
-    "bypassed", "fills", "seed_fills", "evictions", "bytes", "all_resident", "tokens", "policy_seconds", "per_layer",
+    "bypassed", "fills", "seed_fills", "evictions", "bytes", "all_resident", "tokens", "policy_seconds",
+    "per_layer",
 }  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def test_our_flags_are_taken_out_and_the_rest_stays_in_order() -> None:
     ("args", "what"),
     [
         (["--fate-polcy", "lru"], "unknown flag --fate-polcy; did you mean --fate-policy?"),
-        (["--fate-"], "known: --fate-policy"),
+        (["--fate-xyzzy"], "known: --fate-policy"),
         (["--fate-slots"], "--fate-slots needs a value: N|N%"),
         (["--fate-slots="], "--fate-slots is empty"),
         (["--fate-sync=maybe"], "expected --fate-sync, --fate-sync=true or --fate-sync=false"),
