@@ -49,7 +49,9 @@ def take(argv: Sequence[str]) -> tuple[Options, list[str]]:
         if name not in _FLAGS:
             near = difflib.get_close_matches(name, _FLAGS, n=1)
             hint = (
-                f"did you mean {near[0]}?" if near else "known: " + ", ".join(f"--fate-{n}" for n in _FLAGS)
+                f"did you mean --fate-{near[0]}?"
+                if near
+                else "known: " + ", ".join(f"--fate-{n}" for n in _FLAGS)
             )
             raise UsageError(f"unknown flag {flag}; {hint}")
         metavar = _FLAGS[name][0]
