@@ -48,11 +48,8 @@ def take(argv: Sequence[str]) -> tuple[Options, list[str]]:
         name = flag.removeprefix("--fate-")
         if name not in _FLAGS:
             near = difflib.get_close_matches(name, _FLAGS, n=1)
-            hint = (
-                f"did you mean --fate-{near[0]}?"
-                if near
-                else "known: " + ", ".join(f"--fate-{n}" for n in _FLAGS)
-            )
+            known = ", ".join(f"--fate-{one}" for one in _FLAGS)
+            hint = f"did you mean --fate-{near[0]}?" if near else f"known: {known}"
             raise UsageError(f"unknown flag {flag}; {hint}")
         metavar = _FLAGS[name][0]
         if metavar is None:
