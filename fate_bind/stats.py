@@ -117,8 +117,8 @@ def as_dict(report: Report) -> dict[str, Any]:
     }
 
 
-def summary(report: Report) -> str:
-    """Return the lines that a person reads after a run."""
+def summary(report: Report, idles: bool = False) -> str:
+    """Return the lines that a person reads after a run; a program that idles has no speed of its own."""
     layers = report.geometry.n_layers
     what = f"policy {report.policy}, {report.mode} mode"
     if not report.engaged:
@@ -143,7 +143,9 @@ def summary(report: Report) -> str:
     lines.append(
         f"  all resident  {all_resident} of {rows} rows (token, layer){_percent(all_resident, rows)}"
     )
-    speed = f", {totals['tokens'] / report.seconds:.0f} tokens/s" if report.seconds > 0 else ""
+    speed = ""
+    if report.seconds > 0 and not idles:
+        speed = f", {totals['tokens'] / report.seconds:.0f} tokens/s"
     lines.append(
         f"  time          {totals['tokens']} tokens in {report.seconds:.2f} s{speed}; "
         f"{report.policy_seconds:.3f} s in the policy"
