@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fate_bind import library, modelfile, options, placement, stats
-from fate_bind.callbacks import Host
 from fate_bind.errors import FateError, PolicyConfigError, UsageError
+from fate_bind.host import Host
 from fate_bind.options import Options
 from fate_bind.session import resolve_config
 

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fate_bind import library, modelfile, placement
-from fate_bind.callbacks import Engine, Host
+from fate_bind.engine import Engine
 from fate_bind.errors import EngineError
+from fate_bind.host import Host
 from fate_bind.stats import Report, as_dict, not_engaged
 from fate_policy.base import Policy
 from fate_policy.config import Config, load

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fate_bind import callbacks
+from fate_bind import host
 from fate_bind.errors import EngineError, PolicyConfigError, PolicyError, TraceError
 from fate_bind.library import Library
 from fate_bind.session import Session
@@ -147,7 +147,7 @@ def test_an_exception_in_victims_reaches_the_caller_as_itself(fake: Library, mod
 def test_an_exception_at_the_start_refuses_the_context(fake: Library, model: Path) -> None:
     with pytest.raises(ZeroDivisionError, match="in start"):
         Session(model, policy=Raising("start"))
-    assert not callbacks._alive
+    assert not host._alive
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_nothing_is_collected_while_the_library_may_call_it(fake: Library, model
     policy = Watching()
     seen = weakref.ref(policy)
     session = Session(model, policy=policy, sync=True)
-    host = weakref.ref(session._host)
+    hosted = weakref.ref(session._host)
     session._host = None
     del policy
     gc.collect()
@@ -205,8 +205,8 @@ def test_nothing_is_collected_while_the_library_may_call_it(fake: Library, model
     del session
     gc.collect()
     assert seen() is None
-    assert host() is None
-    assert not callbacks._alive
+    assert hosted() is None
+    assert not host._alive
 
 
 def test_a_session_that_is_forgotten_closes_its_context(fake: Library, model: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_session_that_is_forgotten_closes_its_context(fake: Library, model: Pa
     session.logits(TOKENS)
     del session
     gc.collect()
-    assert not callbacks._alive
+    assert not host._alive
 
 
 def test_a_record_survives_a_policy_that_fails(fake: Library, model: Path, tmp_path: Path) -> None:

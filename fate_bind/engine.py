@@ -1,0 +1,206 @@
+"""Python's half of one engine: its driver, its recording, its numbers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fate_bind import library
+from fate_bind.callbacks import array, read_step
+from fate_bind.stats import Report
+from fate_policy.base import Geometry, Step
+from fate_policy.counters import PER_LAYER, Counters
+from fate_policy.driver import Driver
+from fate_policy.trace import Trace, TraceWriter, geometry_meta, load
+
+if TYPE_CHECKING:
+    from fate_bind.host import Host
+
+
+class Engine:
+    """What Python keeps for one engine, from its opening on; after its end the last numbers."""
+
+    def __init__(self, host: Host, pointer: Any) -> None:
+        self.host = host
+        self.pointer = pointer  # None once the engine is gone
+        self.driver: Driver | None = None
+        self.record_path: Path | None = None
+        self._lock = threading.RLock()  # numbers and records are also asked for on other threads
+        self._writer: TraceWriter | None = None
+        self._policy_error: str | None = None
+        self._record_failed = False
+        self._seconds = 0.0
+        self._opened_at = 0.0
+        self._last: Report | None = None
+        self.geometry = self._read_geometry()
+        self.is_engaged = bool(self._info().engaged)
+
+    def open(self) -> None:
+        """Start, or start over after a reset."""
+        with self._lock:
+            if self._writer is not None:
+                self._writer.close()
+                self._writer.path.unlink()
+                self._writer = None
+            self._seconds = 0.0
+            self._opened_at = time.monotonic()
+            info = self._info()
+            if not info.engaged or self.host.is_silent:
+                return
+            if self.driver is None:
+                config = self.host.config
+                self.driver = Driver(
+                    self.host.next_policy(), self.geometry, config.mode, config.refresh_tokens
+                )
+            else:
+                self.driver.reset()
+
+    def step(self, c_step: Any, scores: Any, bonus: Any) -> bool:
+        """Take in a finished step; return whether new scores were written."""
+        began = time.perf_counter()
+        step = read_step(c_step)
+        if self.host.record is not None:
+            self._append(step)
+            began = time.perf_counter()
+        if self.driver is None or self._policy_error is not None:
+            return False
+        try:
+            self.driver.observe(step)
+            published = self.driver.publish()
+            if published is not None:
+                ffi = library.load().ffi
+                for target, array in zip((scores, bonus), published, strict=True):
+                    ffi.memmove(target, np.ascontiguousarray(array, np.float32), array.nbytes)
+            return published is not None
+        except BaseException as error:
+            self._policy_error = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self._seconds += time.perf_counter() - began
+
+    def miss(
+        self,
+        layer: int,
+        needed: NDArray[np.int32],
+        missing: NDArray[np.int32],
+        n_victims: int,
+        last_use: NDArray[np.int64],
+    ) -> NDArray[np.int32]:
+        """Return the victims that the policy names, and tell it what then happens."""
+        began = time.perf_counter()
+        assert self.driver is not None
+        try:
+            victims = np.empty(0, np.int32)
+            if n_victims:
+                pinned = np.zeros(int(self.geometry.n_experts[layer]), np.bool_)
+                pinned[needed] = True
+                victims = self.driver.victims(layer, n_victims, pinned, last_use)
+                self.driver.drop(layer, victims)
+            self.driver.admit(layer, missing)
+            return victims
+        except BaseException as error:
+            self._policy_error = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self._seconds += time.perf_counter() - began
+
+    def close(self) -> None:
+        with self._lock:
+            self._last = self.report()
+            self.pointer = None
+            if self._writer is not None:
+                self._writer.close()
+
+    def report(self) -> Report:
+        """Return the numbers as of the last finished step; after the end the last ones."""
+        with self._lock:
+            if self._last is not None:
+                return self._last
+            ffi, lib = library.load()
+            info = self._info()
+            n_layers = self.geometry.n_layers
+            table = np.zeros((n_layers, lib.FATE_N_COUNTERS), np.int64)
+            pointer = ffi.from_buffer("int64_t[]", table)
+            library.check(lib.fate_engine_get_counters(self.pointer, pointer, table.size))
+            columns: dict[str, Any] = {
+                name: table[:, getattr(lib, f"FATE_COUNTER_{name.upper()}")].copy() for name in PER_LAYER
+            }
+            config = self.host.config
+            return Report(
+                engaged=bool(info.engaged),
+                reason=library.text(ffi, info.reason),
+                model=library.text(ffi, info.geometry.model),
+                policy=config.policy,
+                mode=config.mode,
+                geometry=self.geometry,
+                counters=Counters(**columns, tokens=int(info.tokens), steps=int(info.steps)),
+                pool_bytes=int(info.pool_bytes),
+                policy_seconds=self._seconds,
+                seconds=time.monotonic() - self._opened_at,
+                record=None if self.record_path is None else str(self.record_path),
+                policy_error=self._policy_error or ("wrong victims" if info.policy_failed else None),
+            )
+
+    def recorded(self) -> Trace | None:
+        """Return what was recorded so far, or None if nothing was."""
+        with self._lock:
+            if self.record_path is None:
+                return None
+            if self._writer is None or self.pointer is None:
+                return load(self.record_path)
+            self._writer.flush()
+            return load(self._writer.part)
+
+    def keep_record(self, is_end: bool) -> None:
+        """Make the .npz file now, whatever happens later; `is_end`: nothing more is to be recorded."""
+        with self._lock:
+            if self._writer is None:
+                return
+            if is_end:
+                self._writer.close()
+                self._writer, self._record_failed = None, True
+            elif (trace := self.recorded()) is not None:
+                trace.save(self._writer.path)
+
+    def _append(self, step: Step) -> None:
+        with self._lock:
+            if self._record_failed:
+                return
+            try:
+                if self._writer is None:
+                    self.record_path = self.record_path or self.host.next_record()
+                    self._writer = TraceWriter(self.record_path, self._meta())
+                self._writer.append(step)
+            except BaseException as error:  # the policy goes on; the error is raised when the call ends
+                self._record_failed = True
+                self.host.store(error)
+
+    def _meta(self) -> dict[str, Any]:
+        info = self._info()
+        resolved = self.host.config.as_dict()
+        return {
+            "model": library.text(library.load().ffi, info.geometry.model),
+            **geometry_meta(self.geometry),
+            **{key: resolved[key] for key in ("policy", "mode", "sync", "refresh_tokens")},
+        }
+
+    def _info(self) -> Any:
+        ffi, lib = library.load()
+        info = ffi.new("fate_info *")
+        library.check(lib.fate_engine_get_info(self.pointer, info))
+        return info
+
+    def _read_geometry(self) -> Geometry:
+        info = self._info()  # owns the geometry
+        geometry, n = info.geometry, info.geometry.n_layers
+        return Geometry(
+            n_experts=array(geometry.n_experts, (n,), np.int32),
+            k=array(geometry.k, (n,), np.int32),
+            n_slots=array(geometry.n_slots, (n,), np.int32),
+            expert_bytes=array(geometry.expert_bytes, (n,), np.int64),
+        )
