@@ -35,7 +35,13 @@ from typing import IO, Any, NoReturn
 PYTHON_MIN = (3, 11)
 TOOLS = ("cmake>=4.0", "ninja>=1.11", "setuptools>=77")  # setuptools: cffi compiles with it
 PROGRAMS = ("completion", "cli", "server", "bench", "perplexity", "quantize")
-TARGETS = ("llama", "llama-common", *(f"llama-{name}" for name in PROGRAMS), "test-llama-archs")
+TARGETS = (
+    "llama",
+    "llama-common",
+    *(f"llama-{name}" for name in PROGRAMS),
+    "llama-gguf-split",
+    "test-llama-archs",
+)
 PATCH_FIELDS = ("Why", "Kind", "Remove-when", "Touches")
 AUTHOR, DATE = (
     ("FATE", "fate@localhost"),

@@ -35,7 +35,6 @@ class Engine:
         self._policy_error: str | None = None
         self._record_failed = False
         self._seconds = 0.0
-        self._opened_at = 0.0
         self._last: Report | None = None
         self.geometry = self._read_geometry()
         self.is_engaged = bool(self._info().engaged)
@@ -48,7 +47,6 @@ class Engine:
                 self._writer.path.unlink()
                 self._writer = None
             self._seconds = 0.0
-            self._opened_at = time.monotonic()
             info = self._info()
             if not info.engaged or self.host.is_silent:
                 return
@@ -141,7 +139,7 @@ class Engine:
                 counters=Counters(**columns, tokens=int(info.tokens), steps=int(info.steps)),
                 pool_bytes=int(info.pool_bytes),
                 policy_seconds=self._seconds,
-                seconds=time.monotonic() - self._opened_at,
+                seconds=int(info.busy_us) / 1e6,
                 record=None if self.record_path is None else str(self.record_path),
                 policy_error=self._policy_error or ("wrong victims" if info.policy_failed else None),
             )

@@ -173,8 +173,7 @@ class _Run:
             why = "the mode is off" if config.mode == "off" else "no context was opened"
             reports = [stats.not_engaged(config.policy, config.mode, why)]
         if self.chosen.stats_format == "text":
-            idles = self.program.returns_on_interrupt
-            text = "\n".join(stats.summary(report, idles) for report in reports)
+            text = "\n".join(stats.summary(report) for report in reports)
             print(text, file=sys.stderr, flush=True)
             return
         document = stats.as_dict(reports[0])

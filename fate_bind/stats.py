@@ -85,7 +85,7 @@ def as_dict(report: Report) -> dict[str, Any]:
     layers, layers_engaged : mixture-of-experts layers of the model, and those with a pool
     slots, pool_bytes : of all layers together
     routed ... evictions, rows, rows_all_resident, bytes, tokens, steps, all_resident : see `Counters`
-    policy_seconds : time spent in Python;  seconds : life of the contexts so far
+    policy_seconds : time spent in Python;  seconds : inside steps, Python included
     record : the trace written, or null
     per_layer : arrays, one number for each layer: slots, experts, k, expert_bytes and the counters
     """
@@ -117,8 +117,8 @@ def as_dict(report: Report) -> dict[str, Any]:
     }
 
 
-def summary(report: Report, idles: bool = False) -> str:
-    """Return the lines that a person reads after a run; a program that idles has no speed of its own."""
+def summary(report: Report) -> str:
+    """Return the lines that a person reads after a run."""
     layers = report.geometry.n_layers
     what = f"policy {report.policy}, {report.mode} mode"
     if not report.engaged:
@@ -144,7 +144,7 @@ def summary(report: Report, idles: bool = False) -> str:
         f"  all resident  {all_resident} of {rows} rows (token, layer){_percent(all_resident, rows)}"
     )
     speed = ""
-    if report.seconds > 0 and not idles:
+    if report.seconds > 0:
         speed = f", {totals['tokens'] / report.seconds:.0f} tokens/s"
     lines.append(
         f"  time          {totals['tokens']} tokens in {report.seconds:.2f} s{speed}; "

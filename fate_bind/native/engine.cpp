@@ -99,11 +99,11 @@ bool fate_engine::reserved() {
             throw fate_error(FATE_STATUS_MODEL, "not engaged because " + reason_);
         }
         open();
-    } catch (const std::exception & e) {
-        fate_set_engine_error(e.what());
+    } catch (const fate_error & e) {
+        fate_set_engine_error(e.status(), e.what());
         throw;
     }
-    fate_set_engine_error("");
+    fate_set_engine_error(FATE_STATUS_OK, "");
     found_all_ = true;
     ++epoch;
     return engaged_;
@@ -128,8 +128,9 @@ void fate_engine::perf_reset() {
     held_back_ = false;
     {
         std::lock_guard<std::mutex> lock(mutex_);
-        steps_  = 0;
-        tokens_ = 0;
+        steps_   = 0;
+        tokens_  = 0;
+        busy_us_ = 0;
     }
     snapshot();
     if (config_.on_open && !policy_failed_ && config_.on_open(config_.user, this) != FATE_STATUS_OK) {
@@ -148,6 +149,7 @@ void fate_engine::ubatch_begin(const llama_ubatch & ubatch) {
         ++epoch;
     }
     if (active_) {
+        began_us_      = ggml_time_us();
         record_tokens_ = static_cast<int32_t>(ubatch.n_tokens);
         record_[current_].begin(record_tokens_, wants_steps_ ? static_cast<int32_t>(blocks_.size()) : 0, max_k_, config_.record != 0,
                                 ubatch.token, ubatch.pos, 1, ubatch.seq_id, ubatch.output);
@@ -178,6 +180,8 @@ void fate_engine::ubatch_end() {
             current_   = 1 - current_;
         }
     }
+    std::lock_guard<std::mutex> lock(mutex_);
+    busy_us_ += ggml_time_us() - began_us_;
 }
 
 void fate_engine::deliver(const fate_record & record) {
@@ -249,6 +253,7 @@ fate_info fate_engine::info() const {
     info.geometry.model            = model_name_.c_str();
     info.steps                     = steps_;
     info.tokens                    = tokens_;
+    info.busy_us                   = busy_us_;
     info.pool_bytes                = pool_bytes_;
     return info;
 }

@@ -22,9 +22,11 @@ struct fate_settings {
 
 std::shared_ptr<const fate_settings> fate_current_settings();
 
-void fate_set_engine_error(const std::string & why); // what fate_engine_error() returns
-void fate_registry_add(fate_engine * engine);
-void fate_registry_remove(fate_engine * engine);
+// What fate_engine_error() returns, and its status.
+void    fate_set_engine_error(int32_t status, const std::string & why);
+int32_t fate_engine_error_status();
+void    fate_registry_add(fate_engine * engine);
+void    fate_registry_remove(fate_engine * engine);
 
 // While one lives, contexts created by this thread get no engine.
 class fate_no_engine {
@@ -118,6 +120,7 @@ private:
     std::atomic<bool> policy_failed_{ false };
     fate_record       record_[2];
     int32_t           current_       = 0;
+    int64_t           began_us_      = 0;
     int32_t           record_tokens_ = 0;
     bool              held_back_     = false; // record_[1 - current_] waits to be delivered
 
@@ -126,7 +129,8 @@ private:
     std::vector<uint8_t> hits_;  // of one op
 
     mutable std::mutex   mutex_; // guards what follows, read by any thread
-    int64_t              steps_  = 0;
-    int64_t              tokens_ = 0;
+    int64_t              steps_   = 0;
+    int64_t              tokens_  = 0;
+    int64_t              busy_us_ = 0;
     std::vector<int64_t> counters_;
 };

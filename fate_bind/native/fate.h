@@ -145,6 +145,7 @@ typedef struct fate_info {
     fate_geometry geometry;
     int64_t       steps;
     int64_t       tokens;
+    int64_t       busy_us; // wall time inside steps, policy included
     int64_t       pool_bytes;
 } fate_info;
 

@@ -8,6 +8,7 @@
 
 static std::mutex                           settings_mutex;
 static std::shared_ptr<const fate_settings> settings;
+static int32_t                              refused_status = FATE_STATUS_OK;
 static std::string                          refused_context;
 static std::vector<fate_engine *>           engines;
 static thread_local int                     n_no_engine = 0;
@@ -78,9 +79,15 @@ const char * fate_engine_error(void) {
     return copy.c_str();
 }
 
-void fate_set_engine_error(const std::string & why) {
+void fate_set_engine_error(int32_t status, const std::string & why) {
     std::lock_guard<std::mutex> lock(settings_mutex);
+    refused_status  = status;
     refused_context = why;
+}
+
+int32_t fate_engine_error_status() {
+    std::lock_guard<std::mutex> lock(settings_mutex);
+    return refused_status;
 }
 
 void fate_registry_add(fate_engine * engine) {

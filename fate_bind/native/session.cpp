@@ -6,6 +6,7 @@
 
 #include "llama-context.h"
 #include "llama-cpp.h"
+#include "llama-model.h"
 
 #include <algorithm>
 #include <cstring>
@@ -161,9 +162,8 @@ int32_t fate_context_open(fate_model * model, int32_t engine, fate_context ** co
             c->ctx.reset(llama_init_from_model(model->model.get(), common_context_params_to_llama(model->params)));
         }
         if (!c->ctx) {
-            const std::string why = engine ? fate_engine_error() : "";
-            if (!why.empty()) {
-                throw fate_error(FATE_STATUS_CAPACITY, why);
+            if (engine && fate_engine_error_status() != FATE_STATUS_OK) {
+                throw fate_error(fate_engine_error_status(), fate_engine_error());
             }
             throw llama_error(FATE_STATUS_MODEL, "cannot make a context");
         }
@@ -240,7 +240,7 @@ int32_t fate_context_decode(fate_context * context, int32_t n, const int32_t * t
         process(*context, LLAMA_PROCESS_TYPE_DECODE, batch);
         if (logits && n_outputs > 0) {
             const float * from = llama_get_logits(ctx);
-            if (!from) {
+            if (!from || !context->model->model->output) {
                 throw fate_error(FATE_STATUS_DECODE, "the model gives no logits (an embeddings-only model)");
             }
             memcpy(logits, from, static_cast<size_t>(n_outputs) * n_vocab * sizeof(float));

@@ -1,4 +1,4 @@
-"""The embedded model: every policy, capacity, mode and kind of batch gives the bits of the run without the pool."""
+"""The embedded model gives the bits of the run without the pool: any policy, capacity, mode and batch."""
 
 from __future__ import annotations
 

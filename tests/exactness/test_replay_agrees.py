@@ -20,7 +20,7 @@ from fate_policy.trace import load
 pytestmark = pytest.mark.model
 
 ARGS = ["-c", "1024", "-np", "4", "-ub", "32"]
-TEXT = "def mean(values):\n    return sum(values) / len(values)\n\nOnce upon a time there was a boy who counted stars."
+TEXT = "def mean(values):\n    return sum(values) / len(values)\n\nOnce there was a boy who counted stars."
 
 
 def drive(session: Session) -> None:
