@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections import Counter
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+# llama.cpp's threads spin while they wait; on a busy machine that costs seconds a token
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDS_ALL = ("model", "native", "slow")
