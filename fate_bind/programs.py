@@ -6,9 +6,12 @@ import ctypes
 import json
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from fate_bind import library, modelfile, options, placement, stats
 from fate_bind.errors import FateError, PolicyConfigError, UsageError
@@ -114,32 +117,48 @@ class _Run:
         self.args = args
         self.host = host
         self.chosen = chosen
-        self.n_interrupts = 0
 
     def run(self) -> int:
         ffi, lib = library.load()
-        watcher = ffi.new_handle(self.interrupted)
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        user = ffi.new_handle(self.interrupted)
         self.host.on_failure = _tell_failure
-        library.check(lib.fate_interrupt_watch(lib.fate_py_interrupt, watcher))
-        try:
-            with self.host.configured():
+        with self._interrupts(user), self.host.configured():
+            library.check(lib.fate_exit_watch(lib.fate_py_interrupt, user))
+            try:
                 code = _call(self.program, self.args)
-        finally:
-            lib.fate_interrupt_unwatch()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            finally:
+                library.check(lib.fate_exit_watch(ffi.NULL, ffi.NULL))
         ctypes.CDLL(None).fflush(None)  # what C has buffered comes before what we print
         return self._end(code)
 
-    def interrupted(self) -> None:
-        """Say how far it got, on a thread of the library's: the program may end the process right after."""
+    @contextmanager
+    def _interrupts(self, user: Any) -> Iterator[None]:
+        """Let Ctrl-C reach the program, and us before it where the program would just end."""
+        lib = library.load().lib
+        if not self.program.returns_on_interrupt:
+            library.check(lib.fate_interrupt_watch(lib.fate_py_interrupt, user))
+            try:
+                yield
+            finally:
+                lib.fate_interrupt_unwatch()
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        is_main = threading.current_thread() is threading.main_thread()
+        before = {number: signal.getsignal(number) for number in numbers if is_main}
+        if is_main:  # Python's own handler would only set a flag
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         try:
-            self.n_interrupts += 1
-            if self.program.returns_on_interrupt and self.n_interrupts == 1:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def interrupted(self) -> None:
+        """Say how far it got: the program may end the process right after."""
+        try:
+            if not any(engine.is_engaged for engine in self.host.engines):
                 return
             is_end = not (self.program.name == "completion" and placement.given(self.args, _INTERACTIVE))
-            is_end = is_end and not self.program.returns_on_interrupt
             for engine in self.host.engines:
                 engine.keep_record(is_end)
             print(file=sys.stderr)

@@ -484,6 +484,12 @@ int32_t fate_interrupt_watch(fate_interrupt_fn callback, void * user) {
     return FATE_STATUS_OK;
 }
 
+int32_t fate_exit_watch(fate_interrupt_fn on_exit, void * user) {
+    (void) on_exit;
+    (void) user;
+    return FATE_STATUS_OK;
+}
+
 void fate_interrupt_unwatch(void) {
     on_interrupt = NULL;
 }

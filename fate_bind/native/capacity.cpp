@@ -19,7 +19,7 @@ static int32_t slots_for_bytes(double bytes, const std::vector<fate_layer_shape>
     int32_t n = 0;
     for (double sum = 0; n < most; ++n) {
         for (const fate_layer_shape & layer : layers) {
-            sum += n < layer.n_experts ? static_cast<double>(layer.expert_bytes) : 0.0;
+            sum += layer.served && n < layer.n_experts ? static_cast<double>(layer.expert_bytes) : 0.0;
         }
         if (sum > bytes) {
             break;
@@ -34,11 +34,14 @@ static std::string minimum(int32_t kind, const std::vector<fate_layer_shape> & l
     double  percent = 0.0;
     int64_t bytes   = 0;
     for (const fate_layer_shape & layer : layers) {
+        if (!layer.served) {
+            continue;
+        }
         k       = std::max(k, layer.k);
         percent = std::max(percent, 100.0 * layer.k / layer.n_experts);
     }
     for (const fate_layer_shape & layer : layers) {
-        bytes += std::min(k, layer.n_experts) * layer.expert_bytes;
+        bytes += layer.served ? std::min(k, layer.n_experts) * layer.expert_bytes : 0;
     }
     switch (kind) {
         case FATE_SLOTS_BYTES:
@@ -66,6 +69,9 @@ std::vector<int32_t> fate_capacity(const fate_config & config, const std::vector
 
     std::vector<int32_t> n_slots(layers.size());
     for (size_t i = 0; i < layers.size(); ++i) {
+        if (!layers[i].served) {
+            continue;
+        }
         double n = 0;
         switch (config.slots_kind) {
             case FATE_SLOTS_COUNT:

@@ -10,6 +10,7 @@ struct fate_layer_shape {
     int32_t n_experts;
     int32_t k;
     int64_t expert_bytes;
+    bool    served; // false: gets no slots, whatever was asked for
 };
 
 // Never more than a layer's experts. Throws fate_error FATE_STATUS_CAPACITY with the minimum if a layer gets fewer slots than it uses experts per token.

@@ -10,6 +10,9 @@
 
 #include <algorithm>
 
+// A warm-up decodes two tokens, or encodes two and decodes one.
+static const int64_t WARM_UP_TOKENS = 4;
+
 //
 // life
 //
@@ -30,83 +33,128 @@ fate_engine::fate_engine(llama_context & ctx, std::shared_ptr<const fate_setting
 fate_engine::~fate_engine() {
     flush();
     fate_registry_remove(this);
-    if (config_.on_close && found_all_) {
+    if (config_.on_close && stage_ == stage::SETTLED) {
         config_.on_close(config_.user, this);
     }
 }
 
-void fate_engine::set_geometry(const std::vector<int32_t> & n_slots) {
-    n_slots_ = n_slots;
-    for (size_t i = 0; i < blocks_.size(); ++i) {
-        n_experts_.push_back(blocks_[i]->n_experts);
-        k_.push_back(blocks_[i]->k);
-        expert_bytes_.push_back(pool_.expert_bytes(static_cast<int32_t>(i)));
-        max_k_       = std::max(max_k_, blocks_[i]->k);
-        max_experts_ = std::max(max_experts_, blocks_[i]->n_experts);
-    }
-}
-
-// Decides which layers engage and makes their pools; leaves reason_ set if none does.
+// Decides which layers engage and makes their pools; leaves reason_ set if one does not.
 void fate_engine::engage() {
-    std::vector<int32_t> n_slots(blocks_.size(), 0);
+    std::vector<fate_layer_shape> shapes;
+    bool                          any_served = false;
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+        const block & b      = *blocks_[i];
+        const int64_t bytes  = pool_.expert_bytes(static_cast<int32_t>(i));
+        const bool    served = b.refused.empty();
+        any_served           = any_served || served;
+        reason_              = served ? reason_ : b.refused;
+        shapes.push_back({ b.n_experts, b.k, bytes, served });
+        n_experts_.push_back(b.n_experts);
+        k_.push_back(b.k);
+        expert_bytes_.push_back(bytes);
+        max_k_       = std::max(max_k_, b.k);
+        max_experts_ = std::max(max_experts_, b.n_experts);
+    }
+    n_slots_.assign(blocks_.size(), 0);
     if (blocks_.empty()) {
         reason_ = "the model has no mixture-of-experts layers";
+    }
+    if (!any_served) {
         return;
     }
 
-    std::vector<fate_layer_shape> shapes;
-    for (size_t i = 0; i < blocks_.size(); ++i) {
-        shapes.push_back({ blocks_[i]->n_experts, blocks_[i]->k, pool_.expert_bytes(static_cast<int32_t>(i)) });
+    std::vector<int32_t> wanted;
+    try {
+        wanted = fate_capacity(config_, settings_->slots_list, shapes);
+    } catch (const fate_error & error) {
+        if (!fate_registry_any_engaged()) {
+            throw;
+        }
+        reason_ = error.what(); // a draft model or an MTP context beside the model that the slots were meant for
+        return;
     }
-    const std::vector<int32_t> wanted = fate_capacity(config_, settings_->slots_list, shapes);
     for (size_t i = 0; i < blocks_.size(); ++i) {
-        if (!blocks_[i]->refused.empty()) {
-            reason_ = blocks_[i]->refused;
-        } else if (wanted[i] >= blocks_[i]->n_experts) {
-            reason_ = reason_.empty() ? "all experts resident" : reason_;
-        } else {
-            n_slots[i] = wanted[i];
+        if (shapes[i].served && wanted[i] < shapes[i].n_experts) {
+            n_slots_[i] = wanted[i];
             ++n_engaged_;
+        } else if (shapes[i].served && reason_.empty()) {
+            reason_ = "all experts resident";
         }
     }
-    if (n_engaged_ > 0 && !pool_.allocate(n_slots)) {
-        reason_ =
-            fate_format("a pool of %lld bytes could not be allocated; ask for fewer slots", static_cast<long long>(pool_.bytes(n_slots)));
-        std::fill(n_slots.begin(), n_slots.end(), 0);
-        n_engaged_ = 0;
+    if (n_engaged_ == 0) {
+        return;
+    }
+    pool_bytes_ = pool_.bytes(n_slots_);
+    engaged_    = pool_.allocate(n_slots_);
+    if (!engaged_) {
+        give_up();
+        return;
     }
     for (size_t i = 0; i < blocks_.size(); ++i) {
-        if (n_slots[i] > 0) {
-            blocks_[i]->layer = std::make_unique<fate_layer>(shapes[i].n_experts, shapes[i].k, n_slots[i], shapes[i].expert_bytes);
+        if (n_slots_[i] > 0) {
+            blocks_[i]->layer = std::make_unique<fate_layer>(shapes[i].n_experts, shapes[i].k, n_slots_[i], shapes[i].expert_bytes);
         }
     }
-    pool_bytes_ = pool_.bytes(n_slots);
-    set_geometry(n_slots);
-    engaged_ = n_engaged_ > 0;
-    if (engaged_) {
-        scores_.resize(static_cast<size_t>(n_slots.size()) * max_experts_);
-        bonus_.resize(n_slots.size());
-    }
+    scores_.resize(n_slots_.size() * static_cast<size_t>(max_experts_));
+    bonus_.resize(n_slots_.size());
 }
 
-bool fate_engine::reserved() {
+// No memory for the pool, or none left for llama.cpp's own buffers beside it.
+void fate_engine::give_up() {
+    reason_     = fate_format("there is no memory for a pool of %lld bytes; ask for fewer slots", static_cast<long long>(pool_bytes_));
+    engaged_    = false;
+    n_engaged_  = 0;
+    pool_bytes_ = 0;
+    n_slots_.assign(n_slots_.size(), 0);
+    for (auto & b : blocks_) {
+        b->layer.reset();
+    }
+    pool_.release();
+}
+
+bool fate_engine::reserved(bool ok) {
     try {
-        engage();
-        if (!engaged_ && n_slots_.empty()) {
-            set_geometry(std::vector<int32_t>(blocks_.size(), 0));
+        switch (stage_) {
+            case stage::FINDING:
+                engage();
+                stage_ = stage::TRYING;
+                break;
+            case stage::TRYING:
+                if (ok) {
+                    settle();
+                    return false;
+                }
+                give_up();
+                stage_ = stage::GIVEN_UP;
+                break;
+            case stage::GIVEN_UP:
+                if (!ok) {
+                    throw fate_error(FATE_STATUS_MEMORY, "llama.cpp cannot reserve its buffers; lower -c or -ub");
+                }
+                settle();
+                return false;
+            case stage::SETTLED:
+                return false;
         }
-        if (!engaged_ && config_.require) {
-            throw fate_error(FATE_STATUS_MODEL, "not engaged because " + reason_);
+        ++epoch;
+        if (!engaged_ && stage_ == stage::TRYING) { // nothing was allocated: the graphs stay as they are
+            settle();
+            return false;
         }
-        open();
+        return true;
     } catch (const fate_error & e) {
         fate_set_engine_error(e.status(), e.what());
         throw;
     }
+}
+
+void fate_engine::settle() {
+    if (!engaged_ && config_.require && !fate_registry_any_engaged()) {
+        throw fate_error(FATE_STATUS_MODEL, "not engaged because " + reason_);
+    }
+    open();
+    stage_ = stage::SETTLED;
     fate_set_engine_error(FATE_STATUS_OK, "");
-    found_all_ = true;
-    ++epoch;
-    return engaged_;
 }
 
 void fate_engine::open() {
@@ -116,8 +164,9 @@ void fate_engine::open() {
     }
 }
 
+// Comes after the warm-up, which leaves no trace. A program may call it at other times for its own timings: those are none of ours.
 void fate_engine::perf_reset() {
-    if (!found_all_) {
+    if (stage_ != stage::SETTLED || tokens_ > WARM_UP_TOKENS) {
         return;
     }
     for (auto & b : blocks_) {
@@ -125,7 +174,9 @@ void fate_engine::perf_reset() {
             b->layer->reset();
         }
     }
-    held_back_ = false;
+    held_back_     = false;
+    scores_due_    = false;
+    policy_failed_ = false;
     {
         std::lock_guard<std::mutex> lock(mutex_);
         steps_   = 0;
@@ -133,7 +184,7 @@ void fate_engine::perf_reset() {
         busy_us_ = 0;
     }
     snapshot();
-    if (config_.on_open && !policy_failed_ && config_.on_open(config_.user, this) != FATE_STATUS_OK) {
+    if (config_.on_open && config_.on_open(config_.user, this) != FATE_STATUS_OK) {
         fail_policy();
     }
 }
@@ -149,44 +200,59 @@ void fate_engine::ubatch_begin(const llama_ubatch & ubatch) {
         ++epoch;
     }
     if (active_) {
-        began_us_      = ggml_time_us();
-        record_tokens_ = static_cast<int32_t>(ubatch.n_tokens);
-        record_[current_].begin(record_tokens_, wants_steps_ ? static_cast<int32_t>(blocks_.size()) : 0, max_k_, config_.record != 0,
-                                ubatch.token, ubatch.pos, 1, ubatch.seq_id, ubatch.output);
+        began_us_ = ggml_time_us();
+        ran_      = false;
+        error_.clear();
+        record_[current_].begin(static_cast<int32_t>(ubatch.n_tokens), wants_steps_ ? static_cast<int32_t>(blocks_.size()) : 0, max_k_,
+                                config_.record != 0, ubatch.token, ubatch.pos, ubatch.seq_id, ubatch.output);
     }
 }
 
-void fate_engine::ubatch_end() {
-    if (!active_) {
-        return;
+// A ubatch that failed half-way is a step of what ran: its fills happened.
+bool fate_engine::ubatch_end(bool ok) {
+    if (!active_ || (!ok && !ran_)) {
+        return true;
     }
     seed();
     {
         std::lock_guard<std::mutex> lock(mutex_);
         ++steps_;
-        tokens_ += record_tokens_;
+        tokens_ += record_[current_].n_tokens();
     }
     snapshot();
 
     if (wants_steps_) {
+        if (scores_due_) {
+            scores_due_ = false;
+            publish();
+        }
         if (held_back_) {
             held_back_ = false;
-            deliver(record_[1 - current_]);
+            if (deliver(record_[1 - current_])) {
+                publish();
+            }
         }
-        if (sync_) {
-            deliver(record_[current_]);
-        } else {
+        if (!sync_) {
             held_back_ = true;
             current_   = 1 - current_;
+        } else if (deliver(record_[current_])) {
+            publish();
         }
     }
-    std::lock_guard<std::mutex> lock(mutex_);
-    busy_us_ += ggml_time_us() - began_us_;
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        busy_us_ += ggml_time_us() - began_us_;
+    }
+    if (!error_.empty()) {
+        fate_set_last_error(error_);
+    }
+    return error_.empty();
 }
 
-void fate_engine::deliver(const fate_record & record) {
+// True if the policy published scores.
+bool fate_engine::deliver(const fate_record & record) {
     if (!config_.on_step || (policy_failed_ && !config_.record)) {
-        return;
+        return false;
     }
     std::fill(scores_.begin(), scores_.end(), 0.0f);
     std::fill(bonus_.begin(), bonus_.end(), 0.0f);
@@ -194,9 +260,12 @@ void fate_engine::deliver(const fate_record & record) {
     const fate_step step      = record.view();
     if (config_.on_step(config_.user, this, &step, scores_.data(), bonus_.data(), &published) != FATE_STATUS_OK) {
         fail_policy();
-        return;
     }
-    if (!published || policy_failed_) {
+    return published && !policy_failed_;
+}
+
+void fate_engine::publish() {
+    if (policy_failed_) {
         return;
     }
     for (size_t i = 0; i < blocks_.size(); ++i) {
@@ -206,10 +275,11 @@ void fate_engine::deliver(const fate_record & record) {
     }
 }
 
+// The scores that come of it act when they would have.
 void fate_engine::flush() {
     if (held_back_) {
-        held_back_ = false;
-        deliver(record_[1 - current_]);
+        held_back_  = false;
+        scores_due_ = deliver(record_[1 - current_]);
     }
 }
 

@@ -22,11 +22,13 @@ struct fate_settings {
 
 std::shared_ptr<const fate_settings> fate_current_settings();
 
-// What fate_engine_error() returns, and its status.
-void    fate_set_engine_error(int32_t status, const std::string & why);
-int32_t fate_engine_error_status();
+// What fate_engine_error() returns. The context that this thread makes next is told its own by fate_take_refusal().
+void fate_set_engine_error(int32_t status, const std::string & why);
+// FATE_STATUS_OK if no engine of this thread refused since the last call.
+int32_t fate_take_refusal(std::string & why);
 void    fate_registry_add(fate_engine * engine);
 void    fate_registry_remove(fate_engine * engine);
+bool    fate_registry_any_engaged();
 
 // While one lives, contexts created by this thread get no engine.
 class fate_no_engine {
@@ -43,9 +45,9 @@ struct fate_engine final : llama_engine_i {
     ~fate_engine() override;
 
     void build_moe(ggml_context * ctx0, ggml_cgraph * gf, llama_moe_args & args) override;
-    bool reserved() override;
+    bool reserved(bool ok) override;
     void ubatch_begin(const llama_ubatch & ubatch) override;
-    void ubatch_end() override;
+    bool ubatch_end(bool ok) override;
     void perf_reset() override;
 
     // the custom op of a layer; dst holds the slots on the pool path
@@ -57,6 +59,8 @@ struct fate_engine final : llama_engine_i {
     void      get_counters(int64_t * out, size_t n) const;
 
     const llama_context & context() const { return ctx_; }
+
+    bool is_engaged() const { return engaged_; }
 
 private:
     // userdata of a custom op, stable in memory while graphs live
@@ -81,13 +85,23 @@ private:
 
     static void run_op(ggml_tensor * dst, int ith, int nth, void * userdata);
 
-    void        find(const llama_moe_args & args);
-    std::string refuse(const llama_moe_args & args) const;
-    void        set_geometry(const std::vector<int32_t> & n_slots);
+    // what has been decided
+    enum class stage {
+        FINDING,  // the first reserve: blocks are found
+        TRYING,   // the second, with a pool
+        GIVEN_UP, // the third, without
+        SETTLED,
+    };
+
+    void        find(llama_moe_args & args);
+    std::string refuse(llama_moe_args & args) const;
     void        engage();
+    void        give_up();
+    void        settle();
     void        open();
+    void        publish();
     void        seed();
-    void        deliver(const fate_record & record);
+    bool        deliver(const fate_record & record);
     void        fail_policy();
     void        snapshot();
 
@@ -98,18 +112,18 @@ private:
     const bool                           sync_;
     const bool                           wants_steps_;
 
-    bool                                             found_all_ = false; // the reserve is over: blocks_ is fixed
+    stage                                            stage_ = stage::FINDING;
     std::vector<std::unique_ptr<block>>              blocks_;
-    std::unordered_map<const ggml_tensor *, block *> block_of_;          // by down weights
+    std::unordered_map<const ggml_tensor *, block *> block_of_; // by down weights
     fate_pool                                        pool_;
 
-    bool        engaged_ = false;
-    std::string reason_; // why not, or why not wholly
-    std::string model_name_;
-    int32_t     n_engaged_   = 0;
-    int32_t     max_k_       = 0;
-    int32_t     max_experts_ = 0;
-    int64_t     pool_bytes_  = 0;
+    std::atomic<bool> engaged_{ false };
+    std::string       reason_; // why not, or why not wholly
+    std::string       model_name_;
+    int32_t           n_engaged_   = 0;
+    int32_t           max_k_       = 0;
+    int32_t           max_experts_ = 0;
+    int64_t           pool_bytes_  = 0;
 
     std::vector<int32_t> n_experts_;
     std::vector<int32_t> k_;
@@ -119,10 +133,12 @@ private:
     bool              active_ = false; // graphs of the current ubatch go through the pool
     std::atomic<bool> policy_failed_{ false };
     fate_record       record_[2];
-    int32_t           current_       = 0;
-    int64_t           began_us_      = 0;
-    int32_t           record_tokens_ = 0;
-    bool              held_back_     = false; // record_[1 - current_] waits to be delivered
+    int32_t           current_    = 0;
+    int64_t           began_us_   = 0;
+    bool              held_back_  = false; // record_[1 - current_] waits to be delivered
+    bool              scores_due_ = false; // scores_ were handed over early, by flush()
+    bool              ran_        = false; // a layer ran in this step
+    std::string       error_;              // of an op; fails the ubatch
 
     std::vector<float>   scores_;
     std::vector<float>   bonus_;

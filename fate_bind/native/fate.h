@@ -122,13 +122,13 @@ typedef int32_t (*fate_miss_fn)(void * user, fate_engine * engine, int32_t layer
 typedef void (*fate_close_fn)(void * user, fate_engine * engine);
 
 typedef struct fate_config {
-    int32_t         mode;    // FATE_MODE_*
-    int32_t         sync;    // 1: records of step t are handed over at its end, 0: one step later; callback mode is always sync
-    int32_t         scores;  // 1: the policy publishes scores (call on_step)
-    int32_t         record;  // 1: routing is recorded (call on_step)
-    int32_t         require; // 1: a context that does not engage is an error
-    int32_t         slots_kind;
-    double          slots_value;
+    int32_t mode;    // FATE_MODE_*
+    int32_t sync;    // 1: records of step t are handed over at its end, 0: one step later; callback mode is always sync
+    int32_t scores;  // 1: the policy publishes scores (call on_step)
+    int32_t record;  // 1: routing is recorded (call on_step)
+    int32_t require; // 1: a context that does not engage is an error, unless another one is engaged (a draft model beside the main one)
+    int32_t slots_kind;
+    double  slots_value;
     const int32_t * slots_list;
     int32_t         n_slots_list;
     fate_open_fn    on_open; // each may be null
@@ -157,7 +157,7 @@ FATE_API const char * fate_engine_error(
     void); // of the newest context that an engine refused, "" if none; any thread, valid until the next call
 FATE_API const char * fate_system_info(void); // llama.cpp's backends and CPU features
 
-// Sets what contexts created from now on get; null: no engine. The struct and slots_list are copied, callbacks and user must live on.
+// Any thread. Sets what contexts created from now on get; null: no engine. The struct and slots_list are copied, callbacks and user must live on.
 FATE_API int32_t fate_configure(const fate_config * config);
 
 // Any thread, between on_open and the return of on_close. Counters are those of the last finished step.
@@ -178,6 +178,8 @@ FATE_API int32_t fate_program_run(const char * name, int32_t argc, char ** argv,
 typedef void (*fate_interrupt_fn)(void * user);
 FATE_API int32_t fate_interrupt_watch(fate_interrupt_fn on_interrupt, void * user);
 FATE_API void    fate_interrupt_unwatch(void);
+// From now on on_exit is called once if the process ends through exit(), as some programs do on a second interrupt; null: no more.
+FATE_API int32_t fate_exit_watch(fate_interrupt_fn on_exit, void * user);
 
 // Opens a model with the flags of llama-completion (argv[0] is skipped). The flags also set what contexts on it are like.
 FATE_API int32_t fate_model_open(int32_t argc, char ** argv, fate_model ** model);
@@ -202,8 +204,8 @@ FATE_API int32_t fate_context_n_batch(const fate_context * context);
 FATE_API int32_t fate_context_n_seq_max(const fate_context * context);
 // The engine of this context, null if it has none.
 FATE_API fate_engine * fate_context_engine(const fate_context * context);
-// Decodes one batch of n <= n_batch tokens. positions and sequences may be null: the tokens then follow what sequence 0 holds. outputs (1: wanted) may be null:
-// all. logits[n_outputs][n_vocab] may be null.
+// Decodes one batch of n <= n_batch tokens. sequences may be null: sequence 0. positions may be null: the tokens then follow what their
+// sequences hold. outputs (1: wanted) may be null: all. logits[n_outputs][n_vocab] may be null.
 FATE_API int32_t fate_context_decode(fate_context * context, int32_t n, const int32_t * tokens, const int32_t * positions,
                                      const int32_t * sequences, const int8_t * outputs, float * logits);
 FATE_API int32_t fate_context_clear(fate_context * context); // forgets all sequences, keeps the pool

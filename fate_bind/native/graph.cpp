@@ -6,6 +6,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <array>
 
 // What a decision causes.
 class fate_engine_io final : public fate_layer_io {
@@ -28,11 +29,17 @@ public:
 
     void reject() override { engine_.fail_policy(); }
 
-    void evict(int32_t expert) override { engine_.record_[engine_.current_].add_eviction(layer_, expert); }
+    void evict(int32_t expert) override {
+        if (engine_.wants_steps_) {
+            engine_.record_[engine_.current_].add_eviction(layer_, expert);
+        }
+    }
 
     void fill(int32_t expert, int32_t slot) override {
         engine_.pool_.fill(layer_, expert, slot);
-        engine_.record_[engine_.current_].add_fill(layer_, expert);
+        if (engine_.wants_steps_) {
+            engine_.record_[engine_.current_].add_fill(layer_, expert);
+        }
     }
 
 private:
@@ -40,15 +47,24 @@ private:
     int32_t       layer_;
 };
 
-static std::vector<ggml_tensor *> expert_tensors(const llama_moe_args & args) {
+// Everything in args that is indexed by expert, null where the model has none.
+static std::array<ggml_tensor **, 11> expert_tensors(llama_moe_args & args) {
     return {
-        args.up,     args.gate,      args.down, args.gate_up, args.up_b,   args.gate_b,
-        args.down_b, args.gate_up_b, args.up_s, args.gate_s,  args.down_s,
+        &args.up,     &args.gate,      &args.down, &args.gate_up, &args.up_b,   &args.gate_b,
+        &args.down_b, &args.gate_up_b, &args.up_s, &args.gate_s,  &args.down_s,
     };
 }
 
-std::string fate_engine::refuse(const llama_moe_args & args) const {
-    for (const ggml_tensor * tensor : expert_tensors(args)) {
+static std::vector<ggml_tensor *> sources_of(llama_moe_args & args) {
+    std::vector<ggml_tensor *> sources;
+    for (ggml_tensor ** tensor : expert_tensors(args)) {
+        sources.push_back(*tensor);
+    }
+    return sources;
+}
+
+std::string fate_engine::refuse(llama_moe_args & args) const {
+    for (const ggml_tensor * tensor : sources_of(args)) {
         const std::string why = tensor ? fate_pool::refuse(tensor, args.down->ne[2]) : "";
         if (!why.empty()) {
             return why;
@@ -65,12 +81,16 @@ std::string fate_engine::refuse(const llama_moe_args & args) const {
     return "";
 }
 
-void fate_engine::find(const llama_moe_args & args) {
-    if (block_of_.count(args.down)) {
+void fate_engine::find(llama_moe_args & args) {
+    const auto it = block_of_.find(args.down);
+    if (it != block_of_.end()) {
+        if (it->second->sources != sources_of(args)) {
+            it->second->refused = fate_format("%s is shared by two MoE blocks that differ", args.down->name);
+        }
         return;
     }
     auto b       = std::make_unique<block>();
-    b->sources   = expert_tensors(args);
+    b->sources   = sources_of(args);
     b->n_experts = static_cast<int32_t>(args.down->ne[2]);
     b->k         = static_cast<int32_t>(args.ids->ne[0]);
     b->refused   = refuse(args);
@@ -84,12 +104,12 @@ void fate_engine::find(const llama_moe_args & args) {
 }
 
 void fate_engine::build_moe(ggml_context * ctx0, ggml_cgraph * gf, llama_moe_args & args) {
-    if (!found_all_) {
+    if (stage_ == stage::FINDING) {
         find(args);
         return;
     }
     const auto it = block_of_.find(args.down);
-    if (it == block_of_.end() || !it->second->layer || ctx_.get_cparams().warmup) {
+    if (it == block_of_.end() || !it->second->layer || it->second->sources != sources_of(args) || ctx_.get_cparams().warmup) {
         return;
     }
     block &       b      = *it->second;
@@ -116,11 +136,7 @@ void fate_engine::build_moe(ggml_context * ctx0, ggml_cgraph * gf, llama_moe_arg
     ggml_format_name(slots, "fate_slots-%d", args.il);
     args.ids = slots;
 
-    ggml_tensor ** replaced[] = {
-        &args.up,     &args.gate,      &args.down, &args.gate_up, &args.up_b,   &args.gate_b,
-        &args.down_b, &args.gate_up_b, &args.up_s, &args.gate_s,  &args.down_s,
-    };
-    for (ggml_tensor ** tensor : replaced) {
+    for (ggml_tensor ** tensor : expert_tensors(args)) {
 #if defined(FATE_FAULT_BIAS_NOT_POOLED)
         if (tensor == &args.up_b || tensor == &args.gate_b || tensor == &args.down_b || tensor == &args.gate_up_b) {
             continue;
@@ -132,11 +148,17 @@ void fate_engine::build_moe(ggml_context * ctx0, ggml_cgraph * gf, llama_moe_arg
     }
 }
 
+// Runs among ggml's threads, through which nothing may be thrown.
 void fate_engine::run_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
     (void) nth;
-    if (ith == 0) {
-        const op * self = static_cast<const op *>(userdata);
+    if (ith != 0) {
+        return;
+    }
+    const op * self = static_cast<const op *>(userdata);
+    try {
         self->engine->run(self->layer, self->path, dst);
+    } catch (const std::exception & e) {
+        self->engine->error_ = e.what();
     }
 }
 
@@ -147,6 +169,7 @@ void fate_engine::run(int32_t layer, uint8_t path, ggml_tensor * dst) {
     fate_layer &        l   = *blocks_[layer]->layer;
     fate_record &       r   = record_[current_];
 
+    ran_                 = true;
     const size_t n_pairs = static_cast<size_t>(ids.n_rows) * ids.k;
     hits_.assign(n_pairs, 0);
     if (path == FATE_PATH_POOL) {
@@ -168,8 +191,8 @@ void fate_engine::run(int32_t layer, uint8_t path, ggml_tensor * dst) {
     const ggml_tensor * weights = dst->src[1];
     for (int32_t row = 0; row < ids.n_rows; ++row) {
         const int32_t token = r.token_of_row(row, ids.n_rows);
-        if (token >= record_tokens_) {
-            break;
+        if (token < 0) {
+            break; // not one of the step's tokens: left out of the record
         }
         r.set_row(token, layer, path);
         int32_t * out = r.ids(token, layer);

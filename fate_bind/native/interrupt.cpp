@@ -4,6 +4,26 @@
 // every POLL_MS and puts ours in front again.
 #include "status.h"
 
+#include <cstdlib>
+
+static fate_interrupt_fn exit_fn   = nullptr;
+static void *            exit_user = nullptr;
+
+static void at_exit() {
+    const fate_interrupt_fn fn = exit_fn;
+    exit_fn                    = nullptr;
+    if (fn) {
+        fn(exit_user);
+    }
+}
+
+int32_t fate_exit_watch(fate_interrupt_fn on_exit, void * user) {
+    static const bool registered = atexit(at_exit) == 0;
+    exit_fn                      = on_exit;
+    exit_user                    = user;
+    return registered ? FATE_STATUS_OK : FATE_STATUS_MEMORY;
+}
+
 #if defined(_WIN32)
 
 int32_t fate_interrupt_watch(fate_interrupt_fn, void *) {
@@ -28,7 +48,7 @@ void fate_interrupt_unwatch(void) {}
 static const int POLL_MS = 50;
 
 static std::mutex       watch_mutex;
-static std::thread      watcher;
+static std::thread *    watcher; // leaked where the program ends the process: exit() may run on that very thread
 static int              wake[2] = { -1, -1 };
 static struct sigaction before_int;
 static struct sigaction before_term;
@@ -46,18 +66,16 @@ static bool is_ours(const struct sigaction & action) {
 
 // Puts our handler first; the one it replaces, if it is not ours, becomes the program's.
 static void install(struct sigaction & program) {
-    struct sigaction current;
-    sigaction(SIGINT, nullptr, &current);
-    if (is_ours(current)) {
-        return;
-    }
-    program = current;
     struct sigaction ours;
+    struct sigaction before;
     memset(&ours, 0, sizeof(ours));
     ours.sa_handler = on_signal;
     ours.sa_flags   = SA_RESTART;
     sigemptyset(&ours.sa_mask);
-    sigaction(SIGINT, &ours, nullptr);
+    sigaction(SIGINT, &ours, &before);
+    if (!is_ours(before)) {
+        program = before;
+    }
 }
 
 static void call_program(const struct sigaction & program) {
@@ -94,28 +112,33 @@ static void watch(fate_interrupt_fn on_interrupt, void * user) {
 int32_t fate_interrupt_watch(fate_interrupt_fn on_interrupt, void * user) {
     return fate_guard(FATE_STATUS_INVALID, [&] {
         std::lock_guard<std::mutex> lock(watch_mutex);
-        if (watcher.joinable()) {
+        if (watcher) {
             throw fate_error(FATE_STATUS_INVALID, "interrupts are watched already");
+        }
+        sigaction(SIGINT, nullptr, &before_int);
+        sigaction(SIGTERM, nullptr, &before_term);
+        if (!(before_int.sa_flags & SA_SIGINFO) && before_int.sa_handler == SIG_IGN) {
+            return; // started with interrupts ignored, as by nohup
         }
         if (pipe(wake) != 0) {
             throw fate_error(FATE_STATUS_INVALID, fate_format("cannot make a pipe: %s", strerror(errno)));
         }
-        sigaction(SIGTERM, nullptr, &before_term);
         struct sigaction none;
         install(none);
-        before_int = none;
-        watcher    = std::thread(watch, on_interrupt, user);
+        watcher = new std::thread(watch, on_interrupt, user);
     });
 }
 
 void fate_interrupt_unwatch(void) {
     std::lock_guard<std::mutex> lock(watch_mutex);
-    if (!watcher.joinable()) {
+    if (!watcher) {
         return;
     }
     const char c = 'q';
     (void) !write(wake[1], &c, 1);
-    watcher.join();
+    watcher->join();
+    delete watcher;
+    watcher = nullptr;
     sigaction(SIGINT, &before_int, nullptr);
     sigaction(SIGTERM, &before_term, nullptr);
     close(wake[0]);

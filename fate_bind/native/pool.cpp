@@ -88,7 +88,12 @@ ggml_tensor * fate_pool::slots_of(int32_t layer, ggml_tensor * source) const {
             return t.slots;
         }
     }
-    return source;
+    return nullptr;
+}
+
+void fate_pool::release() {
+    buffer_.reset();
+    ctx_.reset();
 }
 
 void fate_pool::fill(int32_t layer, int32_t expert, int32_t slot) {

@@ -27,10 +27,12 @@ public:
     int64_t expert_bytes(int32_t layer) const;
     int64_t bytes(const std::vector<int32_t> & n_slots) const; // of a whole pool, without alignment
 
+    void release();
+
     // Makes the slots of the layers with n_slots > 0, all zero. False if the memory cannot be had.
     bool allocate(const std::vector<int32_t> & n_slots);
 
-    // The slots of a source tensor; the tensor itself if it has none.
+    // The slots of one of the layer's source tensors.
     ggml_tensor * slots_of(int32_t layer, ggml_tensor * source) const;
 
     void fill(int32_t layer, int32_t expert, int32_t slot);

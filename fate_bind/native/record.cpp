@@ -1,7 +1,7 @@
 #include "record.h"
 
 void fate_record::begin(int32_t n_tokens, int32_t n_layers, int32_t k, bool weights, const int32_t * tokens, const int32_t * positions,
-                        int32_t position_stride, const int32_t * const * sequences, const int8_t * outputs) {
+                        const int32_t * const * sequences, const int8_t * outputs) {
     n_tokens_ = n_tokens;
     n_layers_ = n_layers;
     k_        = k;
@@ -19,7 +19,7 @@ void fate_record::begin(int32_t n_tokens, int32_t n_layers, int32_t k, bool weig
     sequences_.resize(n_tokens);
     for (int32_t i = 0; i < n_tokens; ++i) {
         tokens_[i]    = tokens ? tokens[i] : -1;
-        positions_[i] = positions ? positions[i * position_stride] : -1;
+        positions_[i] = positions ? positions[i] : -1;
         sequences_[i] = sequences && sequences[i] ? sequences[i][0] : 0;
         if (outputs && outputs[i]) {
             output_tokens_.push_back(i);
@@ -28,7 +28,10 @@ void fate_record::begin(int32_t n_tokens, int32_t n_layers, int32_t k, bool weig
 }
 
 int32_t fate_record::token_of_row(int32_t row, int32_t n_rows) const {
-    return n_rows < n_tokens_ && n_rows == static_cast<int32_t>(output_tokens_.size()) ? output_tokens_[row] : row;
+    if (n_rows == n_tokens_) {
+        return row;
+    }
+    return n_rows == static_cast<int32_t>(output_tokens_.size()) ? output_tokens_[row] : -1;
 }
 
 void fate_record::set_row(int32_t token, int32_t layer, uint8_t path) {

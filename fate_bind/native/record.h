@@ -9,10 +9,12 @@ class fate_record {
 public:
     // Starts a step of n_tokens tokens; arrays may be null (embeddings instead of tokens). outputs marks the tokens that the last layer may be cut to.
     void begin(int32_t n_tokens, int32_t n_layers, int32_t k, bool weights, const int32_t * tokens, const int32_t * positions,
-               int32_t position_stride, const int32_t * const * sequences, const int8_t * outputs);
+               const int32_t * const * sequences, const int8_t * outputs);
 
-    // The token of a layer's row when the layer sees n_rows of the step's tokens.
+    // The token of a layer's row when the layer sees n_rows of the step's tokens, -1 if it cannot be told.
     int32_t token_of_row(int32_t row, int32_t n_rows) const;
+
+    int32_t n_tokens() const { return n_tokens_; }
 
     void set_row(int32_t token, int32_t layer, uint8_t path);
 

@@ -5,13 +5,15 @@
 #include "llama-context.h"
 
 #include <algorithm>
+#include <cmath>
 
 static std::mutex                           settings_mutex;
 static std::shared_ptr<const fate_settings> settings;
-static int32_t                              refused_status = FATE_STATUS_OK;
 static std::string                          refused_context;
 static std::vector<fate_engine *>           engines;
-static thread_local int                     n_no_engine = 0;
+static thread_local int                     n_no_engine    = 0;
+static thread_local int32_t                 refusal_status = FATE_STATUS_OK;
+static thread_local std::string             refusal;
 
 std::shared_ptr<const fate_settings> fate_current_settings() {
     std::lock_guard<std::mutex> lock(settings_mutex);
@@ -54,21 +56,33 @@ int32_t fate_configure(const fate_config * config) {
             if (config->slots_kind < FATE_SLOTS_AUTO || config->slots_kind > FATE_SLOTS_LIST) {
                 throw fate_error(FATE_STATUS_INVALID, fate_format("slots_kind %d: expected FATE_SLOTS_*", config->slots_kind));
             }
+            const double value = config->slots_value;
+            if (!(value >= 0 && value < 1e18) || (config->slots_kind == FATE_SLOTS_COUNT && value != std::floor(value)) ||
+                (config->slots_kind == FATE_SLOTS_PERCENT && value > 100)) {
+                throw fate_error(FATE_STATUS_INVALID,
+                                 fate_format("slots_value %g: expected a whole number, 0 to 100 percent, or bytes", value));
+            }
+            if (config->n_slots_list < 0 || (config->n_slots_list > 0 && !config->slots_list)) {
+                throw fate_error(FATE_STATUS_INVALID, fate_format("n_slots_list %d without a list", config->n_slots_list));
+            }
             if (config->mode == FATE_MODE_CALLBACK && !config->on_miss) {
                 throw fate_error(FATE_STATUS_INVALID, "callback mode needs on_miss");
             }
             if ((config->scores || config->record) && !config->on_step) {
                 throw fate_error(FATE_STATUS_INVALID, "scores and record need on_step");
             }
-            next         = std::make_shared<fate_settings>();
-            next->config = *config;
+            next                    = std::make_shared<fate_settings>();
+            next->config            = *config;
+            next->config.slots_list = nullptr; // ours is next->slots_list
             if (config->slots_kind == FATE_SLOTS_LIST) {
                 next->slots_list.assign(config->slots_list, config->slots_list + config->n_slots_list);
             }
         }
         std::lock_guard<std::mutex> lock(settings_mutex);
         settings = next;
-        llama_set_engine_factory(next ? make_engine : nullptr);
+        refused_context.clear();
+        static std::once_flag once;
+        std::call_once(once, llama_set_engine_factory, make_engine); // makes none where settings is null
     });
 }
 
@@ -80,14 +94,18 @@ const char * fate_engine_error(void) {
 }
 
 void fate_set_engine_error(int32_t status, const std::string & why) {
+    refusal_status = status;
+    refusal        = why;
     std::lock_guard<std::mutex> lock(settings_mutex);
-    refused_status  = status;
     refused_context = why;
 }
 
-int32_t fate_engine_error_status() {
-    std::lock_guard<std::mutex> lock(settings_mutex);
-    return refused_status;
+int32_t fate_take_refusal(std::string & why) {
+    const int32_t status = refusal_status;
+    why                  = refusal;
+    refusal_status       = FATE_STATUS_OK;
+    refusal.clear();
+    return status;
 }
 
 void fate_registry_add(fate_engine * engine) {
@@ -98,6 +116,11 @@ void fate_registry_add(fate_engine * engine) {
 void fate_registry_remove(fate_engine * engine) {
     std::lock_guard<std::mutex> lock(settings_mutex);
     engines.erase(std::find(engines.begin(), engines.end(), engine));
+}
+
+bool fate_registry_any_engaged() {
+    std::lock_guard<std::mutex> lock(settings_mutex);
+    return std::any_of(engines.begin(), engines.end(), [](const fate_engine * engine) { return engine->is_engaged(); });
 }
 
 int32_t fate_engine_get_info(const fate_engine * engine, fate_info * info) {

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <mutex>
 
 //
@@ -56,6 +57,14 @@ struct fate_model {
 int32_t fate_model_open(int32_t argc, char ** argv, fate_model ** model) {
     return fate_guard(FATE_STATUS_MODEL, [&] {
         *model = nullptr;
+        for (int32_t i = 1; i < argc; ++i) {
+            for (const char * flag :
+                 { "-h", "--help", "--usage", "--version", "-cl", "--cache-list", "--list-devices", "--completion-bash" }) {
+                if (strcmp(argv[i], flag) == 0) {
+                    throw fate_error(FATE_STATUS_INVALID, fate_format("%s ends llama.cpp's process; leave it out", flag));
+                }
+            }
+        }
         static std::once_flag once;
         std::call_once(once, llama_backend_init);
         llama_log_set(log_callback, nullptr);
@@ -134,6 +143,7 @@ struct fate_context {
     fate_model *      model;
     llama_context_ptr ctx;
     llama_sampler_ptr sampler;
+    bool              has_output = false; // the last batch left logits
 
     llama_memory_t memory() const { return llama_get_memory(ctx.get()); }
 };
@@ -155,6 +165,8 @@ int32_t fate_context_open(fate_model * model, int32_t engine, fate_context ** co
     return fate_guard(FATE_STATUS_MODEL, [&] {
         *context = nullptr;
         take_log_error();
+        std::string refusal;
+        fate_take_refusal(refusal); // an older one
         auto c   = std::make_unique<fate_context>();
         c->model = model;
         {
@@ -162,8 +174,8 @@ int32_t fate_context_open(fate_model * model, int32_t engine, fate_context ** co
             c->ctx.reset(llama_init_from_model(model->model.get(), common_context_params_to_llama(model->params)));
         }
         if (!c->ctx) {
-            if (engine && fate_engine_error_status() != FATE_STATUS_OK) {
-                throw fate_error(fate_engine_error_status(), fate_engine_error());
+            if (const int32_t status = fate_take_refusal(refusal)) {
+                throw fate_error(status, refusal);
             }
             throw llama_error(FATE_STATUS_MODEL, "cannot make a context");
         }
@@ -197,6 +209,13 @@ fate_engine * fate_context_engine(const fate_context * context) {
     return fate_engine_of(context->ctx.get());
 }
 
+static void check_sequence(const fate_context & context, int32_t sequence) {
+    const int32_t n = fate_context_n_seq_max(&context);
+    if (sequence < 0 || sequence >= n) {
+        throw fate_error(FATE_STATUS_INVALID, fate_format("sequence %d: expected 0 to %d (raise -np)", sequence, n - 1));
+    }
+}
+
 static void process(fate_context & context, llama_process_type type, common_batch & batch) {
     const int32_t status = llama_process(context.ctx.get(), type, batch.get());
     if (status != 0) {
@@ -210,37 +229,40 @@ int32_t fate_context_decode(fate_context * context, int32_t n, const int32_t * t
     return fate_guard(FATE_STATUS_DECODE, [&] {
         llama_context * ctx     = context->ctx.get();
         const int32_t   n_vocab = fate_model_n_vocab(context->model);
-        const int32_t   n_seq   = fate_context_n_seq_max(context);
         if (n < 1 || n > fate_context_n_batch(context)) {
             throw fate_error(FATE_STATUS_INVALID,
                              fate_format("batch of %d tokens: expected 1 to n_batch = %d", n, fate_context_n_batch(context)));
         }
         take_log_error();
 
-        llama_memory_t  memory = context->memory();
-        const llama_pos next   = memory ? llama_memory_seq_pos_max(memory, 0) + 1 : 0;
-        common_batch    batch(ctx);
-        int32_t         n_outputs = 0;
+        llama_memory_t               memory = context->memory();
+        std::map<int32_t, llama_pos> next; // of each sequence
+        common_batch                 batch(ctx);
+        int32_t                      n_outputs = 0;
+        bool                         is_start  = true;
         for (int32_t i = 0; i < n; ++i) {
             const int32_t sequence = sequences ? sequences[i] : 0;
             const bool    output   = !outputs || outputs[i];
             if (tokens[i] < 0 || tokens[i] >= n_vocab) {
                 throw fate_error(FATE_STATUS_INVALID, fate_format("token %d at index %d: expected 0 to %d", tokens[i], i, n_vocab - 1));
             }
-            if (sequence < 0 || sequence >= n_seq) {
-                throw fate_error(FATE_STATUS_INVALID,
-                                 fate_format("sequence %d at index %d: expected 0 to %d (raise -np)", sequence, i, n_seq - 1));
+            check_sequence(*context, sequence);
+            if (!next.count(sequence)) {
+                next[sequence] = memory ? llama_memory_seq_pos_max(memory, sequence) + 1 : 0;
+                is_start       = is_start && next[sequence] == 0;
             }
-            batch.add(tokens[i], positions ? positions[i] : next + i, sequence, output);
+            batch.add(tokens[i], positions ? positions[i] : next[sequence]++, sequence, output);
             n_outputs += output;
         }
-        if (llama_model_has_encoder(context->model->model.get()) && next == 0) {
+        if (llama_model_has_encoder(context->model->model.get()) && is_start) {
             process(*context, LLAMA_PROCESS_TYPE_ENCODE, batch);
         }
+        context->has_output = false;
         process(*context, LLAMA_PROCESS_TYPE_DECODE, batch);
+        context->has_output = n_outputs > 0 && context->model->model->output;
         if (logits && n_outputs > 0) {
             const float * from = llama_get_logits(ctx);
-            if (!from || !context->model->model->output) {
+            if (!from || !context->has_output) {
                 throw fate_error(FATE_STATUS_DECODE, "the model gives no logits (an embeddings-only model)");
             }
             memcpy(logits, from, static_cast<size_t>(n_outputs) * n_vocab * sizeof(float));
@@ -255,6 +277,7 @@ int32_t fate_context_clear(fate_context * context) {
         if (context->memory()) {
             llama_memory_clear(context->memory(), true);
         }
+        context->has_output = false;
         llama_sampler_reset(context->sampler.get());
     });
 }
@@ -265,6 +288,7 @@ int32_t fate_context_shift(fate_context * context, int32_t sequence, int32_t p0,
         if (!memory || !llama_memory_can_shift(memory)) {
             throw fate_error(FATE_STATUS_INVALID, "this model's context cannot be shifted");
         }
+        check_sequence(*context, sequence);
         if (p0 < 0 || p1 <= p0) {
             throw fate_error(FATE_STATUS_INVALID, fate_format("shift [%d, %d): expected 0 <= p0 < p1", p0, p1));
         }
@@ -312,7 +336,12 @@ int32_t fate_context_set_sampler(fate_context * context, float temperature, int3
 }
 
 int32_t fate_context_sample(fate_context * context, int32_t * token) {
-    return fate_guard(FATE_STATUS_DECODE, [&] { *token = llama_sampler_sample(context->sampler.get(), context->ctx.get(), -1); });
+    return fate_guard(FATE_STATUS_DECODE, [&] {
+        if (!context->has_output) {
+            throw fate_error(FATE_STATUS_DECODE, "there is nothing to sample from: the last batch asked for no output, or there was none");
+        }
+        *token = llama_sampler_sample(context->sampler.get(), context->ctx.get(), -1);
+    });
 }
 
 const char * fate_system_info(void) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shlex
@@ -52,13 +53,19 @@ def load_extension(path: Path) -> ModuleType:
 
 
 @pytest.fixture
-def fake(fake_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[library.Library]:
-    """`fate_bind.library` gives the stand-in."""
-    for name in ("FAKE_ABI", "FAKE_BUILD_ID", "FAKE_WRONG_LOGIT", "FAKE_REFUSE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setitem(sys.modules, "fate_bind._fate", load_extension(fake_dir / _build_ffi.FILE_NAME))
-    library.load.cache_clear()
-    yield library.load()
+def fake(fake_dir: Path) -> Iterator[library.Library]:
+    """`fate_bind.library` gives the stand-in, and the real library again afterwards."""
+    real = sys.modules.pop("fate_bind._fate", None)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("FAKE_ABI", "FAKE_BUILD_ID", "FAKE_WRONG_LOGIT", "FAKE_REFUSE"):
+            patch.delenv(name, raising=False)
+        sys.modules["fate_bind._fate"] = load_extension(fake_dir / _build_ffi.FILE_NAME)
+        library.load.cache_clear()
+        yield library.load()
+        gc.collect()  # sessions left behind close themselves with the stand-in
+    del sys.modules["fate_bind._fate"]
+    if real is not None:
+        sys.modules["fate_bind._fate"] = real
     library.load.cache_clear()
 
 

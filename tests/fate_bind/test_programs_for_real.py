@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import select
 import signal
 import socket
 import subprocess
@@ -182,3 +184,51 @@ def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as answer:
         return dict(json.load(answer))
+
+
+@pytest.mark.parametrize("flags", [["run", "--version"], ["run", "--list-devices"], ["chat", "--version"]])
+def test_flags_that_end_the_process(folder: Path, flags: list[str]) -> None:
+    """A thread of ours that still ran once turned llama.cpp's exit() into an abort."""
+    code, _, err = run(folder, *flags)
+    assert code == 0, err
+
+
+def test_wrong_flags_of_bench_end_with_its_own_code(folder: Path) -> None:
+    code, _, err = run(folder, "bench", "--no-such-flag")
+    assert code == 1, err
+
+
+def chat_on_a_terminal(folder: Path) -> tuple[int, int]:
+    """Start `fate chat` with a terminal for input; return its process id and our end of the terminal."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(folder)
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "TERM": "dumb"}
+        command = [sys.executable, "-m", "fate_bind", "chat", "-m", str(EMBEDDED), "-t", "1", "-c", "256"]
+        os.execve(sys.executable, command, environment)
+    return child, terminal
+
+
+def read_until(terminal: int, mark: bytes, seconds: float = 60) -> bytes:
+    seen = b""
+    deadline = time.monotonic() + seconds
+    while mark not in seen:
+        assert time.monotonic() < deadline, seen
+        if select.select([terminal], [], [], 0.2)[0]:
+            try:
+                seen += os.read(terminal, 4096)
+            except OSError:  # the other end is closed
+                break
+    return seen
+
+
+def test_ctrl_c_at_the_prompt_leaves_chat(folder: Path) -> None:
+    """It once hung: the program's handler ran, but nothing woke its read from the terminal."""
+    child, terminal = chat_on_a_terminal(folder)
+    read_until(terminal, b"> ")
+    time.sleep(0.3)
+    os.write(terminal, b"\x03")
+    seen = read_until(terminal, b"fate: ")
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, seen
+    assert b"fate: engaged in 8 of 8 MoE layers" in seen + read_until(terminal, b"policy")

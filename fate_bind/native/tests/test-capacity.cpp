@@ -6,8 +6,8 @@
 #include <cstring>
 
 static const std::vector<fate_layer_shape> LAYERS = {
-    { 32,  4, 100 },
-    { 128, 8, 200 },
+    { 32,  4, 100, true },
+    { 128, 8, 200, true },
 };
 
 static std::vector<int32_t> slots(int32_t kind, double value, const std::vector<int32_t> & list = {}) {
@@ -43,6 +43,15 @@ int main() {
     CHECK((slots(FATE_SLOTS_BYTES, 1e12) == list{ 32, 128 }));
     CHECK((slots(FATE_SLOTS_LIST, 0, { 4, 8 }) == list{ 4, 8 }));
     CHECK((slots(FATE_SLOTS_AUTO, 0) == list{ 16, 64 }));
+
+    // a layer that cannot be served gets nothing, and its bytes go to the others
+    fate_config config{};
+    config.slots_kind  = FATE_SLOTS_BYTES;
+    config.slots_value = 2000;
+    CHECK((fate_capacity(config,
+                         {
+    },
+                         { { 32, 4, 100, false }, { 128, 8, 200, true } }) == list{ 0, 10 }));
 
     CHECK(says(error(FATE_SLOTS_COUNT, 0), "the minimum is 8"));
     CHECK(says(error(FATE_SLOTS_COUNT, 7), "layer 1"));

@@ -1,6 +1,7 @@
 // The engine on a real model: test-engine MODEL exact | cycles N | threads. Also built with sanitizers.
 #include "check.h"
 #include "fate.h"
+#include "llama.h"
 
 #include <atomic>
 #include <cmath>
@@ -184,6 +185,80 @@ static void test_cycles(int n) {
 #endif
 }
 
+// what the steps told, to hold against the counters
+struct told {
+    fate_engine * engine = nullptr;
+    int64_t       fills = 0, evictions = 0, pairs = 0;
+    int           countdown = -1; // calls of the abort callback until it aborts
+};
+
+static bool abort_now(void * user) {
+    told * t = static_cast<told *>(user);
+    return t->countdown >= 0 && t->countdown-- == 0;
+}
+
+// A ubatch that is aborted half-way is a step of what ran; nothing of it reaches the next.
+static void test_aborted_ubatch() {
+    told        t;
+    fate_config config{};
+    config.sync    = 1;
+    config.record  = 1;
+    config.user    = &t;
+    config.on_open = [](void * user, fate_engine * engine) -> int32_t {
+        static_cast<told *>(user)->engine = engine;
+        return FATE_STATUS_OK;
+    };
+    config.on_step = [](void * user, fate_engine *, const fate_step * step, float *, float *, int32_t *) -> int32_t {
+        told * t = static_cast<told *>(user);
+        t->fills += step->n_fills;
+        t->evictions += step->n_evictions;
+        for (int32_t i = 0; i < step->n_tokens * step->n_layers; ++i) {
+            t->pairs += step->path[i] != FATE_PATH_NOT_RUN ? step->k : 0;
+        }
+        return FATE_STATUS_OK;
+    };
+    configure(FATE_MODE_TABLE, 25, config);
+
+    llama_model_params model_params = llama_model_default_params();
+    model_params.use_extra_bufts    = false;
+    llama_model *        model      = llama_model_load_from_file(model_path.c_str(), model_params);
+    llama_context_params params     = llama_context_default_params();
+    params.n_ctx                    = 256;
+    params.n_threads                = 1;
+    params.n_threads_batch          = 1;
+    params.abort_callback           = abort_now;
+    params.abort_callback_data      = &t;
+    llama_context * ctx             = llama_init_from_model(model, params);
+    CHECK(ctx && t.engine);
+
+    int n_aborted = 0;
+    for (int i = 0; i < 24; ++i) {
+        llama_token tokens[24];
+        for (int j = 0; j < 24; ++j) {
+            tokens[j] = 50 + 91 * i + 13 * j;
+        }
+        const bool abort_this = i % 3 == 1;
+        t.countdown           = abort_this ? 40 + 37 * i % 200 : -1;
+        n_aborted += llama_decode(ctx, llama_batch_get_one(tokens, i % 2 ? 1 : 12)) == 2;
+    }
+    CHECK(n_aborted > 2);
+    fate_info info;
+    ok(fate_engine_get_info(t.engine, &info));
+    std::vector<int64_t> counters(static_cast<size_t>(info.geometry.n_layers) * FATE_N_COUNTERS);
+    ok(fate_engine_get_counters(t.engine, counters.data(), counters.size()));
+    int64_t sums[FATE_N_COUNTERS] = {};
+    for (size_t i = 0; i < counters.size(); ++i) {
+        sums[i % FATE_N_COUNTERS] += counters[i];
+    }
+    CHECK(sums[FATE_COUNTER_FILLS] == t.fills);
+    CHECK(sums[FATE_COUNTER_EVICTIONS] == t.evictions);
+    CHECK(sums[FATE_COUNTER_ROUTED] == t.pairs);
+    CHECK(sums[FATE_COUNTER_FILLS] - sums[FATE_COUNTER_SEED_FILLS] == sums[FATE_COUNTER_MISSES]);
+    CHECK(fate_engine_check(t.engine) == FATE_STATUS_OK);
+    llama_free(ctx);
+    llama_model_free(model);
+}
+
 // Two contexts decode on two threads while a third reads what any thread may.
 static void test_threads() {
     user_data data;
@@ -231,6 +306,7 @@ int main(int argc, char ** argv) {
     const std::string what = argv[2];
     if (what == "exact") {
         test_exact();
+        test_aborted_ubatch();
     } else if (what == "cycles" && argc > 3) {
         test_cycles(atoi(argv[3]));
     } else if (what == "threads") {

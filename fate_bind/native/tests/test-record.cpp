@@ -13,10 +13,11 @@ static void test_rows_of_outputs() {
     const int32_t * sequences[] = { &sequence[0], &sequence[0], &sequence[1], &sequence[1] };
     const int8_t    outputs[]   = { 0, 1, 0, 1 };
     fate_record     record;
-    record.begin(4, 2, 3, true, tokens, positions, 1, sequences, outputs);
+    record.begin(4, 2, 3, true, tokens, positions, sequences, outputs);
     CHECK(record.token_of_row(2, 4) == 2);
     CHECK(record.token_of_row(0, 2) == 1);
     CHECK(record.token_of_row(1, 2) == 3);
+    CHECK(record.token_of_row(0, 3) == -1);
 
     record.set_row(3, 1, FATE_PATH_POOL);
     record.ids(3, 1)[2]     = 7;
@@ -35,7 +36,7 @@ static void test_rows_of_outputs() {
     CHECK(step.n_fills == 1 && step.fills[0] == 1 && step.fills[1] == 7);
     CHECK(step.n_evictions == 1 && step.evictions[1] == 4);
 
-    record.begin(1, 2, 3, false, nullptr, nullptr, 1, nullptr, nullptr);
+    record.begin(1, 2, 3, false, nullptr, nullptr, nullptr, nullptr);
     CHECK(record.view().n_fills == 0);
     CHECK(record.view().tokens[0] == -1);
     CHECK(record.view().weights == nullptr);
