@@ -75,6 +75,9 @@ def workloads(tokens: list[int]) -> dict[str, Workload]:
     return {
         "prompt": Workload(prompt, lambda slots: n * pairs if n * K <= slots else 0, n * pairs),
         "prompt, -ub 1": Workload(prompt, lambda slots: n * pairs, n * pairs, ("-ub", "1")),
+        "prompt, -ub 2": Workload(
+            prompt, lambda slots: n * pairs if 2 * K <= slots else 0, n * pairs, ("-ub", "2")
+        ),
         "decode": Workload(decode, lambda slots: ((n - 8) + (8 if slots >= 8 * K else 0)) * pairs, n * pairs),
         "4 sequences": Workload(
             sequences,
@@ -116,7 +119,7 @@ def make(name: str, profile: Path) -> Policy:
     }[name]()
 
 
-@pytest.mark.parametrize("workload", ["prompt", "prompt, -ub 1", "decode", "4 sequences"])
+@pytest.mark.parametrize("workload", ["prompt", "prompt, -ub 1", "prompt, -ub 2", "decode", "4 sequences"])
 @pytest.mark.parametrize("mode", ["table", "callback"])
 @pytest.mark.parametrize("slots", SLOTS)
 @pytest.mark.parametrize("policy", ["lru", "frequency", "lfru", "static", "random"])
