@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fate_policy import checks
+from fate_policy import checks, registry
 from fate_policy.base import NOT_RUN, Geometry, History, Policy, Step
 from fate_policy.errors import PolicyConfigError, PolicyError
 
@@ -16,7 +16,20 @@ _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 
 def policy_name(policy: Policy) -> str:
-    return f"{type(policy).__module__}:{type(policy).__qualname__}"
+    """Return what a configuration calls this policy: its short name, or "module:Class"."""
+    path = f"{type(policy).__module__}:{type(policy).__qualname__}"
+    return next((name for name, known in registry.BUILT_IN.items() if known == path), path)
+
+
+def check_mode(policy: Policy, mode: str, *, replay: bool = False) -> None:
+    """Raise `PolicyConfigError` if the policy cannot drive an engine in this mode."""
+    if policy.replay_only and not replay:
+        raise PolicyConfigError(f"policy {policy_name(policy)} knows the future: it works in replay only")
+    if mode == "table" and _overrides(policy, "victims") and not _overrides(policy, "scores"):
+        raise PolicyConfigError(
+            f"policy {policy_name(policy)} names victims but has no scores, so it cannot run in table mode; "
+            "use --fate-mode callback"
+        )
 
 
 def _overrides(policy: Policy, method: str) -> bool:
@@ -56,20 +69,13 @@ class Driver:
     ) -> None:
         if not isinstance(policy, Policy):
             raise PolicyConfigError(f"{policy!r} is not a policy: it does not derive from fate_policy.Policy")
-        name = policy_name(policy)
         self.mode = checks.choice("mode", mode, ("table", "callback"))
         self.refresh_tokens = checks.integer("refresh_tokens", refresh_tokens, minimum=1)
-        if policy.replay_only and not replay:
-            raise PolicyConfigError(f"policy {name} knows the future: it works in replay only")
-        if mode == "table" and _overrides(policy, "victims") and not _overrides(policy, "scores"):
-            raise PolicyConfigError(
-                f"policy {name} names victims but has no scores, so it cannot run in table mode; "
-                "use --fate-mode callback"
-            )
+        check_mode(policy, mode, replay=replay)
         self.policy = policy
         self.geometry = geometry
         self.policy_seconds = 0.0
-        self._name = name
+        self._name = policy_name(policy)
         self._tells_moves = _overrides(policy, "admit") or _overrides(policy, "drop")
         self.reset()
 

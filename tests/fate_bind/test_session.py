@@ -142,7 +142,7 @@ def test_what_is_given_wins_over_the_configuration() -> None:
     )
     policy = Frequency()
     config, instance = resolve_config(policy)
-    assert (config.policy, instance) == ("fate_policy.frequency:Frequency", policy)
+    assert (config.policy, instance) == ("frequency", policy)
     with pytest.raises(PolicyConfigError, match="slots"):
         resolve_config("lru", slots=0)
 

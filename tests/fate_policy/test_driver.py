@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from policy_contract import SYNTHETIC, make_step, random_ids
 
 from fate_policy.base import Geometry, History, OfflinePolicy, Policy, Step
+from fate_policy.belady import Belady
 from fate_policy.driver import Driver
 from fate_policy.errors import PolicyConfigError, PolicyError
 
@@ -187,7 +188,14 @@ def test_victims_without_scores_need_callback_mode() -> None:
     Driver(named, SYNTHETIC, "callback")
 
 
+def test_a_built_in_policy_is_called_by_its_name() -> None:
+    with pytest.raises(PolicyConfigError, match=r"^policy belady knows the future: it works in replay only"):
+        Driver(Belady(), SYNTHETIC, "table")
+
+
 def test_a_policy_that_knows_the_future_is_for_replay() -> None:
+    with pytest.raises(PolicyConfigError, match="works in replay only"):
+        Driver(OfflinePolicy(), SYNTHETIC, "table")
     with pytest.raises(PolicyConfigError, match="works in replay only"):
         Driver(OfflinePolicy(), SYNTHETIC, "callback")
     Driver(OfflinePolicy(), SYNTHETIC, "callback", replay=True)
