@@ -13,6 +13,8 @@ from fate_policy import checks, trace
 from fate_policy.base import Geometry, History, Policy
 from fate_policy.errors import PolicyConfigError, TraceError
 
+_NPY = b"\x93NUMPY"
+
 
 class Static(Policy):
     """Keep the experts that a profile ranks highest.
@@ -26,7 +28,8 @@ class Static(Policy):
             raise checks.bad_value(
                 "profile",
                 profile,
-                "the path of an .npz or .npy file with scores (layers, experts) or a trace",
+                "the path of an .npz or .npy file with scores (layers, experts) or a trace; it goes into "
+                "a YAML file with `static: {profile: FILE}`, which --fate-policy takes",
             )
         self.profile = profile
 
@@ -51,6 +54,9 @@ class Static(Policy):
     def _read(self, path: Path, geometry: Geometry) -> NDArray[Any]:
         try:
             if not zipfile.is_zipfile(path):
+                with path.open("rb") as head:
+                    if head.read(len(_NPY)) != _NPY:
+                        raise self._error("is no .npy or .npz file")
                 array: NDArray[Any] = np.load(path, allow_pickle=False)
                 return array
             with np.load(path, allow_pickle=False) as file:
@@ -61,7 +67,7 @@ class Static(Policy):
         except FileNotFoundError:
             raise self._error("does not exist") from None
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, TraceError) as error:
-            raise self._error(f"cannot be read: {error}") from error
+            raise self._error(f"cannot be read: {trace.why_unreadable(error)}") from error
 
     def _counts(self, routed: trace.Trace, geometry: Geometry) -> NDArray[np.int64]:
         if routed.meta["n_experts"] != geometry.n_experts.tolist():

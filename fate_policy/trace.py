@@ -289,8 +289,13 @@ def load(path: str | Path) -> Trace:
     except FileNotFoundError:
         raise TraceError(f"trace {path} does not exist") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise TraceError(f"trace {path} cannot be read: {error}") from error
+        raise TraceError(f"trace {path} cannot be read: {why_unreadable(error)}") from error
     return _checked(path, arrays)
+
+
+def why_unreadable(error: Exception) -> str:
+    """Return what numpy met, without its advice to allow pickles."""
+    return "it holds Python objects, not numbers" if "allow_pickle" in str(error) else str(error)
 
 
 def _load_npz(path: Path) -> dict[str, Any]:

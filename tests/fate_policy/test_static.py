@@ -77,7 +77,9 @@ def test_the_constructor_reads_nothing() -> None:
         ("p.npy", np.full((3, 16), np.nan), "holds NaN"),
         ("p.npz", {"other": np.zeros((3, 16))}, "cannot be read: .*has no array 'ids' .it holds other"),
         ("p.npz", {"scores": np.zeros((2, 16))}, r"shape \(2, 16\)"),
-        ("p.npy", b"text", "cannot be read"),
+        ("p.npy", b"text", r"is no .npy or .npz file"),
+        ("p.npy", np.array([{}], object), "cannot be read: it holds Python objects"),
+        ("p.npz", {"scores": np.array([{}], object)}, "cannot be read: it holds Python objects"),
         ("p.npy", None, "does not exist"),
         ("real", None, "is a trace of 24 layers of 32 experts; this model has 3 layers of 8/16 experts"),
     ],
@@ -93,5 +95,6 @@ def test_profiles_that_do_not_fit(tmp_path: Path, name: str, content: Any, fault
         np.savez(path, **content)
     elif content is not None:
         np.save(path, content)
-    with pytest.raises(PolicyConfigError, match=f"^profile: .*{fault}"):
+    with pytest.raises(PolicyConfigError, match=f"^profile: .*{fault}") as caught:
         Driver(Static(profile=str(path)), SYNTHETIC)
+    assert "pickle" not in str(caught.value)

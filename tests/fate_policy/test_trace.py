@@ -361,3 +361,9 @@ def test_checksums_are_crc32_of_the_payload(tmp_path: Path) -> None:
     tag, length, checksum = trace._HEADER.unpack_from(content, sizes[0])
     payload = content[sizes[0] + 12 : sizes[1]]
     assert (tag, length, checksum) == (b"ROWS", len(payload), zlib.crc32(payload))
+
+
+def test_an_array_of_python_objects_is_refused_in_plain_words(tmp_path: Path) -> None:
+    np.savez(tmp_path / "t.npz", ids=np.array([{}], object))
+    with pytest.raises(TraceError, match=r"cannot be read: it holds Python objects, not numbers$"):
+        trace.load(tmp_path / "t.npz")
