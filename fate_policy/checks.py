@@ -9,9 +9,14 @@ from typing import Any
 
 from fate_policy.errors import PolicyConfigError
 
+_MAX_SHOWN = 200
+
 
 def bad_value(key: str, value: object, allowed: str) -> PolicyConfigError:
-    return PolicyConfigError(f"{key}: {value!r} is not allowed; expected {allowed}")
+    shown = repr(value)
+    if len(shown) > _MAX_SHOWN:
+        shown = shown[:_MAX_SHOWN] + "..."
+    return PolicyConfigError(f"{key}: {shown} is not allowed; expected {allowed}")
 
 
 def unknown_name(what: str, name: object, known: Iterable[str]) -> PolicyConfigError:

@@ -20,8 +20,11 @@ from fate_policy.errors import PolicyConfigError
 
 MODES = ("table", "callback", "off")
 
+_MAX_COUNT = 2**31 - 1  # the engine's int32
+_MAX_BYTES = 2**59
+
 _SLOTS_ALLOWED = (
-    "a count of 1 or more (8), a share (25%), the pool's size (4GiB, 512MiB), "
+    "a count of 1 to 2147483647 (8), a share (25%), the pool's size (4GiB, 512MiB), "
     "a count for each layer ([8, 8, 16]), or auto"
 )
 _UNITS = {"": 1} | {
@@ -47,7 +50,7 @@ class Slots:
         """Read 8, "25%", "4GiB", [4, 8, 8], "4,8,8" or "auto"."""
         if isinstance(value, Slots):
             return value
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MAX_COUNT:
             return cls("count", (Fraction(value),))
         if isinstance(value, (list, tuple)) and value:
             counts = [cls.parse(item) for item in value]
@@ -62,17 +65,17 @@ class Slots:
         plain = text.replace(" ", "")
         if plain == "auto":
             return cls("auto")
-        if re.fullmatch(r"0*[1-9]\d*", plain):
+        if re.fullmatch(r"\d{1,20}", plain) and 0 < int(plain) <= _MAX_COUNT:
             return cls("count", (Fraction(plain),))
-        if re.fullmatch(r"\d+(,\d+)+", plain):
+        if re.fullmatch(r"\d{1,20}(,\d{1,20})+", plain):
             return cls.parse([int(count) for count in plain.split(",")])
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)(%|[KMGT](?:iB?|B)?|B)", plain)
+        match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)(%|[KMGT](?:iB?|B)?|B)", plain)
         if match and (amount := Fraction(match[1])) > 0:
             if match[2] == "%":
                 if amount <= 100:
                     return cls("percent", (amount,))
-            else:
-                return cls("bytes", (amount * _UNITS["" if match[2] == "B" else match[2]],))
+            elif (size := amount * _UNITS["" if match[2] == "B" else match[2]]) <= _MAX_BYTES:
+                return cls("bytes", (size,))
         raise checks.bad_value("slots", text, _SLOTS_ALLOWED)
 
     def resolve(
@@ -168,6 +171,9 @@ class Config:
         }
 
 
+_FILES = (("static", "profile"),)  # names of files: relative ones are beside the file that names them
+
+
 @functools.cache
 def _reference() -> dict[str, Any]:
     text = Path(__file__).with_name("reference.yaml").read_text(encoding="utf-8")
@@ -222,6 +228,8 @@ def make_policy(config: Config) -> Policy:
     for key in config.params:
         if key not in known:
             raise checks.unknown_name(f"parameter of policy {config.policy}:", key, known)
+    if config.policy not in registry.BUILT_IN:  # those check themselves, and say more
+        registry.check_params(policy, config.params)
     return policy(**config.params)
 
 
@@ -241,9 +249,30 @@ def _merge(key: Any, merged: Mapping[str, Any], value: Any) -> Any:
     return {**merged[key], **value}
 
 
+class _TwiceError(yaml.YAMLError):
+    pass
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would silently take the last."""
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if (key.tag, key.value) in seen:
+                before = seen[key.tag, key.value]
+                raise _TwiceError(f"key {key.value!r} is given twice, at lines {before} and {line}")
+            seen[key.tag, key.value] = line
+        return node
+
+
 def _read(path: Path) -> dict[Any, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise PolicyConfigError(f"policy file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -253,6 +282,8 @@ def _read(path: Path) -> dict[Any, Any]:
         raise PolicyConfigError(
             f"policy file {path}: only plain values are allowed, no tags or objects{where}: {error.problem}"
         ) from None
+    except _TwiceError as error:
+        raise PolicyConfigError(f"policy file {path}: {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         raise PolicyConfigError(f"policy file {path} is not YAML: {error}") from None
     if content is None:
@@ -261,4 +292,7 @@ def _read(path: Path) -> dict[Any, Any]:
         raise PolicyConfigError(
             f"policy file {path}: expected keys and values, found {type(content).__name__}"
         )
+    for block, key in _FILES:
+        if isinstance(given := content.get(block), dict) and isinstance(name := given.get(key), str) and name:
+            given[key] = str(path.parent / name)
     return content

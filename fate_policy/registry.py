@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import NoneType, SimpleNamespace, UnionType
 from typing import Any
 
 from fate_policy.base import Policy
-from fate_policy.checks import unknown_name
+from fate_policy.checks import bad_value, unknown_name
 from fate_policy.errors import PolicyConfigError
 
 ENTRY_POINTS = "fate.policies"
@@ -24,6 +26,8 @@ BUILT_IN = {
     "random": "fate_policy.random:Random",
     "belady": "fate_policy.belady:Belady",
 }
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,39 @@ def params_of(policy: type[Policy]) -> dict[str, Any]:
         for parameter in parameters
         if parameter.kind in named
     }
+
+
+def check_params(policy: type[Policy], params: Mapping[str, Any]) -> None:
+    """Raise `PolicyConfigError` for a value whose type is not the one of a simple annotation.
+
+    Simple are int, float, bool, str and unions of these with None; all else is the policy's to check.
+    """
+    annotations = {name: p.annotation for name, p in inspect.signature(policy).parameters.items()}
+    scope = getattr(policy.__init__, "__globals__", {})
+    for name, value in params.items():
+        allowed = _simple_types(annotations[name], scope)
+        is_default = value is None and params_of(policy)[name] is None
+        if allowed and not is_default and not any(_is_a(kind, value) for kind in allowed):
+            raise bad_value(f"params: {name}", value, " or ".join(_KINDS[kind] for kind in allowed))
+
+
+def _simple_types(annotation: Any, scope: Mapping[str, Any]) -> tuple[type, ...]:
+    """Return the types that an annotation, or the text of one, allows; nothing if it is not a simple one."""
+    if isinstance(annotation, str):
+        try:
+            hints = typing.get_type_hints(SimpleNamespace(__annotations__={"value": annotation}), dict(scope))
+        except Exception:  # it names what exists for type checkers only
+            return ()
+        annotation = hints["value"]
+    is_union = typing.get_origin(annotation) in (typing.Union, UnionType)
+    kinds = typing.get_args(annotation) if is_union else (annotation,)
+    return kinds if all(isinstance(kind, type) and kind in _KINDS for kind in kinds) else ()
+
+
+def _is_a(kind: type, value: object) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def describe() -> list[Description]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,8 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("policy: !!python/object/apply:os.system ['true']", "only plain values are allowed.*line 1"),
         ("policy: lru\nlru: !!python/name:os.system", "only plain values are allowed.*line 2"),
         ("policy: !own lru", "only plain values are allowed"),
+        ("slots: 4\nmode: table\nslots: 8", "key 'slots' is given twice, at lines 1 and 3"),
+        ("frequency: {lfru: true, 'lfru': false}", "key 'lfru' is given twice, at lines 1 and 1"),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, fault: str) -> None:
@@ -130,6 +134,91 @@ def test_bad_files(tmp_path: Path, text: str, fault: str) -> None:
 def test_bad_parameters(name: str, params: dict[str, Any], fault: str) -> None:
     with pytest.raises(PolicyConfigError, match=fault):
         make_policy(load(name, {name: params}))
+
+
+OWN = """
+from __future__ import annotations
+from typing import TYPE_CHECKING, Optional
+from fate_policy import Policy
+if TYPE_CHECKING:
+    from nowhere import Unknown
+
+class Typed(Policy):
+    def __init__(self, *, n: int = 1, x: float = 0.5, on: bool = False, name: str = "a",
+                 some: int | None = None, other: Optional[float] = None, odd: list[int] = (),
+                 far: Unknown = None, bare=3, implicit: str = None) -> None:
+        self.n = n
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    (tmp_path / "typed_policy.py").write_text(OWN, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    yield "typed_policy:Typed"
+    sys.modules.pop("typed_policy", None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("n", "5", "a whole number"),
+        ("n", 5.0, "a whole number"),
+        ("n", True, "a whole number"),
+        ("n", None, "a whole number"),
+        ("x", "0.5", "a number"),
+        ("x", False, "a number"),
+        ("on", 1, "true or false"),
+        ("on", "yes", "true or false"),
+        ("name", 3, "text"),
+        ("some", "1", "a whole number or null"),
+        ("other", [1.0], "a number or null"),
+        ("implicit", 3, "text"),
+    ],
+)
+def test_a_parameter_of_an_own_policy_has_the_type_of_its_annotation(
+    own: str, key: str, value: Any, expected: str
+) -> None:
+    """A quoted number once reached the policy as a string, and failed at the first token."""
+    with pytest.raises(PolicyConfigError) as caught:
+        make_policy(load(own, {"params": {key: value}}))
+    assert str(caught.value) == f"params: {key}: {value!r} is not allowed; expected {expected}"
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"n": 5, "x": 2, "on": True, "name": "b", "some": None, "other": 1},
+        {"other": None, "odd": "anything", "far": 3, "bare": "x", "implicit": None},
+    ],
+)
+def test_what_has_no_simple_annotation_is_left_to_the_policy(own: str, params: dict[str, Any]) -> None:
+    make_policy(load(own, {"params": params}))
+
+
+def test_merged_yaml_mappings_may_be_overridden(tmp_path: Path) -> None:
+    text = "static: &a {profile: x}\nparams: {}\nfrequency: {lfru: true}\n"
+    assert load(written(tmp_path, text)).policy == "lru"
+    merged = "policy: frequency\nfrequency:\n  <<: {lfru: true, half_life_tokens: 4}\n  half_life_tokens: 8\n"
+    assert load(written(tmp_path, merged)).params == {"half_life_tokens": 8, "lfru": True}
+
+
+def test_a_relative_profile_is_beside_the_file_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sub").mkdir()
+    path = written(tmp_path / "sub", "policy: static\nstatic: {profile: scores.npy}\n")
+    assert load(path).params == {"profile": str(tmp_path / "sub" / "scores.npy")}
+    monkeypatch.chdir(tmp_path)
+    assert load("sub/policy.yaml").params == {"profile": str(Path("sub") / "scores.npy")}
+    assert load("static", {"static": {"profile": "scores.npy"}}).params == {"profile": "scores.npy"}
+    absolute = written(tmp_path, f"policy: static\nstatic: {{profile: {tmp_path}/scores.npy}}\n")
+    assert load(absolute).params == {"profile": f"{tmp_path}/scores.npy"}
+
+
+def test_static_without_a_profile_says_where_it_goes() -> None:
+    with pytest.raises(PolicyConfigError, match=r"a YAML file with `static: \{profile: FILE\}`"):
+        make_policy(load("static"))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -202,6 +291,13 @@ def test_slots_parse(value: Any, kind: str, text: str) -> None:
         "4,",
         "4,0",
         {},
+        2**31,
+        10**20,
+        "99999999999999999999",
+        "9" * 5000,
+        [4, 2**31],
+        "4,99999999999",
+        "999999999TiB",
     ],
 )
 def test_slots_refuse(value: Any) -> None:
