@@ -76,7 +76,7 @@ def workloads(tokens: list[int]) -> dict[str, Workload]:
         "prompt": Workload(prompt, lambda slots: n * pairs if n * K <= slots else 0, n * pairs),
         "prompt, -ub 1": Workload(prompt, lambda slots: n * pairs, n * pairs, ("-ub", "1")),
         "prompt, -ub 2": Workload(
-            prompt, lambda slots: n * pairs if 2 * K <= slots else 0, n * pairs, ("-ub", "2")
+            prompt, lambda slots: n * pairs if slots >= 2 * K else 0, n * pairs, ("-ub", "2")
         ),
         "decode": Workload(decode, lambda slots: ((n - 8) + (8 if slots >= 8 * K else 0)) * pairs, n * pairs),
         "4 sequences": Workload(
