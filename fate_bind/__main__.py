@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import sys
 import traceback
 from collections.abc import Sequence
 from itertools import pairwise
 
-from fate_bind import library, modelfile, options, placement, programs, stats
+from fate_bind import library, options, placement, programs, stats
 from fate_bind.errors import FateError, UsageError
 from fate_bind.verify import verify
 from fate_policy import registry
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, UsageError) and not is_verify:
             return 2
     except KeyboardInterrupt:
+        print("fate: interrupted", file=sys.stderr)
         return 130
     except Exception:  # the policy's own
         traceback.print_exc()
@@ -46,6 +48,8 @@ def _dispatch(args: list[str]) -> int:
         print(_version())
         return 0
     if command == "policies":
+        if rest:
+            raise UsageError(f"policies {rest[0]}: expected no arguments; it lists what there is")
         print(_policies())
         return 0
     if command == "verify":
@@ -88,13 +92,12 @@ def _policies() -> str:
 
 def _verify(argv: list[str]) -> int:
     chosen, args = options.take(argv)
-    if placement.given(args, ("-h", "--help", "--usage")):
+    if args and placement.given(args[:1], placement.HELP):
         print("usage: fate verify -m MODEL [-p TEXT] [-n TOKENS] [--fate-* flags] [llama.cpp's flags]\n")
         print("exit code: 0 identical, 1 different, 2 not (wholly) engaged, 3 another error\n")
         print(options.help_text())
         return 0
-    modelfile.check_args(args)
-    result = verify(
+    result = verify(  # without `require`: not to engage has an exit code of its own
         args=args,
         n_tokens=_n_tokens(args),
         policy=chosen.policy,
@@ -102,15 +105,12 @@ def _verify(argv: list[str]) -> int:
         mode=chosen.mode,
         sync=chosen.sync,
         record=chosen.record,
-        require=chosen.require,
     )
-    if chosen.stats_format == "json":
-        text = json.dumps(stats.as_dict(result.report))
-        if chosen.stats_file is None:
-            print(text)
-        else:
-            chosen.stats_file.write_text(text + "\n", encoding="utf-8")
-    print(result.message, flush=True)
+    try:
+        if chosen.stats_format == "json":
+            stats.write(stats.as_dict(result.report), chosen.stats_file)
+    finally:
+        print(result.message, flush=True)
     return result.exit_code
 
 
@@ -118,8 +118,8 @@ def _n_tokens(args: Sequence[str]) -> int:
     n_tokens = 64
     for flag, value in pairwise([*args, ""]):
         if flag in _N_TOKENS:
-            if not value.isdecimal():
-                raise UsageError(f"{flag} {value}: expected the number of tokens to generate, 0 or more")
+            if not re.fullmatch(r"0*[1-9]\d{0,8}", value):
+                raise UsageError(f"{flag} {value}: expected the number of tokens to generate, 1 or more")
             n_tokens = int(value)
     return n_tokens
 

@@ -74,8 +74,14 @@ def install(loaded: library.Library) -> None:
     def fate_py_interrupt(user: Any) -> None:
         ffi.from_handle(user)()
 
-    for function in (fate_py_open, fate_py_step, fate_py_miss, fate_py_close, fate_py_interrupt):
-        ffi.def_extern()(function)
+    def stray(kind: Any, error: BaseException, trace: Any) -> None:
+        """Store what a signal handler raised before the guard began or after it ended."""
+        ffi.from_handle(trace.tb_frame.f_locals["user"]).store(error)
+
+    for function in (fate_py_open, fate_py_step, fate_py_miss):
+        ffi.def_extern(error=int(lib.FATE_STATUS_POLICY), onerror=stray)(function)
+    ffi.def_extern(onerror=stray)(fate_py_close)
+    ffi.def_extern()(fate_py_interrupt)
 
 
 def array(pointer: Any, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:

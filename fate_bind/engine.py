@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fate_bind import library
+from fate_bind import interrupts, library
 from fate_bind.callbacks import array, read_step
 from fate_bind.stats import Report
 from fate_policy.base import Geometry, Step
@@ -33,6 +36,7 @@ class Engine:
         self._lock = threading.RLock()  # numbers and records are also asked for on other threads
         self._writer: TraceWriter | None = None
         self._policy_error: str | None = None
+        self._is_record_over = False
         self._record_failed = False
         self._seconds = 0.0
         self._last: Report | None = None
@@ -50,13 +54,13 @@ class Engine:
             info = self._info()
             if not info.engaged or self.host.is_silent:
                 return
-            if self.driver is None:
-                config = self.host.config
-                self.driver = Driver(
-                    self.host.next_policy(), self.geometry, config.mode, config.refresh_tokens
-                )
-            else:
-                self.driver.reset()
+            with self._asking(time.perf_counter()):
+                if self.driver is None:
+                    config = self.host.config
+                    policy = self.host.next_policy()
+                    self.driver = Driver(policy, self.geometry, config.mode, config.refresh_tokens)
+                else:
+                    self.driver.reset()
 
     def step(self, c_step: Any, scores: Any, bonus: Any) -> bool:
         """Take in a finished step; return whether new scores were written."""
@@ -67,7 +71,7 @@ class Engine:
             began = time.perf_counter()
         if self.driver is None or self._policy_error is not None:
             return False
-        try:
+        with self._asking(began):
             self.driver.observe(step)
             published = self.driver.publish()
             if published is not None:
@@ -75,11 +79,6 @@ class Engine:
                 for target, array in zip((scores, bonus), published, strict=True):
                     ffi.memmove(target, np.ascontiguousarray(array, np.float32), array.nbytes)
             return published is not None
-        except BaseException as error:
-            self._policy_error = f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            self._seconds += time.perf_counter() - began
 
     def miss(
         self,
@@ -92,7 +91,7 @@ class Engine:
         """Return the victims that the policy names, and tell it what then happens."""
         began = time.perf_counter()
         assert self.driver is not None
-        try:
+        with self._asking(began):
             victims = np.empty(0, np.int32)
             if n_victims:
                 pinned = np.zeros(int(self.geometry.n_experts[layer]), np.bool_)
@@ -101,18 +100,17 @@ class Engine:
                 self.driver.drop(layer, victims)
             self.driver.admit(layer, missing)
             return victims
-        except BaseException as error:
-            self._policy_error = f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            self._seconds += time.perf_counter() - began
 
     def close(self) -> None:
         with self._lock:
-            self._last = self.report()
-            self.pointer = None
-            if self._writer is not None:
-                self._writer.close()
+            last = self.report()
+            try:
+                with self._recording():
+                    if self._writer is not None:
+                        self._writer.close()
+            finally:
+                self._last = replace(last, record=self._record_name())
+                self.pointer = None
 
     def report(self) -> Report:
         """Return the numbers as of the last finished step; after the end the last ones."""
@@ -140,7 +138,7 @@ class Engine:
                 pool_bytes=int(info.pool_bytes),
                 policy_seconds=self._seconds,
                 seconds=int(info.busy_us) / 1e6,
-                record=None if self.record_path is None else str(self.record_path),
+                record=self._record_name(),
                 policy_error=self._policy_error or ("wrong victims" if info.policy_failed else None),
             )
 
@@ -149,7 +147,9 @@ class Engine:
         with self._lock:
             if self.record_path is None:
                 return None
-            if self._writer is None or self.pointer is None:
+            if self._record_failed:
+                return None if self._writer is None else load(self._writer.part)
+            if self._writer is None or self.pointer is None or self._is_record_over:
                 return load(self.record_path)
             self._writer.flush()
             return load(self._writer.part)
@@ -159,24 +159,49 @@ class Engine:
         with self._lock:
             if self._writer is None:
                 return
-            if is_end:
-                self._writer.close()
-                self._writer, self._record_failed = None, True
-            elif (trace := self.recorded()) is not None:
-                trace.save(self._writer.path)
+            with self._recording():
+                if is_end:
+                    self._is_record_over = True
+                    self._writer.close()
+                elif (trace := self.recorded()) is not None:
+                    trace.save(self._writer.path)
+
+    @contextmanager
+    def _asking(self, began: float) -> Iterator[None]:
+        """Count the time since `began` as the policy's; note its failure, but let it pass."""
+        interrupts.is_in_policy = True
+        try:
+            yield
+        except BaseException as error:
+            self._policy_error = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            interrupts.is_in_policy = False
+            self._seconds += time.perf_counter() - began
 
     def _append(self, step: Step) -> None:
         with self._lock:
-            if self._record_failed:
+            if self._is_record_over or self._record_failed:
                 return
             try:
-                if self._writer is None:
-                    self.record_path = self.record_path or self.host.next_record()
-                    self._writer = TraceWriter(self.record_path, self._meta())
-                self._writer.append(step)
+                with self._recording():
+                    if self._writer is None:
+                        self.record_path = self.record_path or self.host.next_record()
+                        self._writer = TraceWriter(self.record_path, self._meta())
+                    self._writer.append(step)
             except BaseException as error:  # the policy goes on; the error is raised when the call ends
-                self._record_failed = True
                 self.host.store(error)
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._record_failed = True
+            raise
+
+    def _record_name(self) -> str | None:
+        return None if self.record_path is None or self._record_failed else str(self.record_path)
 
     def _meta(self) -> dict[str, Any]:
         info = self._info()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from fate_bind import callbacks, library
 from fate_bind.engine import Engine
 from fate_policy.base import Policy
 from fate_policy.config import Config, make_policy
+from fate_policy.driver import check_mode
+from fate_policy.errors import PolicyConfigError, TraceError
 
 _MODES = {"off": "FATE_MODE_OFF", "table": "FATE_MODE_TABLE", "callback": "FATE_MODE_CALLBACK"}
 _EVENTS_AND_QUESTIONS = ("start", "observe", "admit", "drop", "scores", "bonus", "victims")
@@ -48,9 +51,15 @@ class Host:
         self.failure: BaseException | None = None
         self.on_failure: Callable[[BaseException], None] | None = None
         self.n_records = 0
+        if config.mode == "off" and (record is not None or require):
+            raise PolicyConfigError("the mode is off, so there is nothing to record or to require")
+        if record is not None:
+            _check_record(record)
         self._given = policy
-        self._first: Policy | None = policy or make_policy(config)
-        kind = type(self._first)
+        first = make_policy(config) if policy is None else policy
+        check_mode(first, config.mode)
+        self._first: Policy | None = first
+        kind = type(first)
         self.is_silent = config.mode == "table" and all(
             getattr(kind, name) is getattr(Policy, name) for name in _EVENTS_AND_QUESTIONS
         )
@@ -63,8 +72,8 @@ class Host:
         """Give every context that is opened within this block an engine of this host."""
         ffi, lib = library.load()
         slots = self.config.slots
-        values = [float(value) for value in slots.values]
-        slots_list = ffi.new("int32_t[]", [int(value) for value in values])
+        counts = [int(value) for value in slots.values] if slots.kind == "list" else []
+        slots_list = ffi.new("int32_t[]", counts)
         config = ffi.new("fate_config *")
         config.mode = getattr(lib, _MODES[self.config.mode])
         config.sync = self.config.sync or self.is_silent
@@ -72,8 +81,8 @@ class Host:
         config.record = self.record is not None
         config.require = self.require
         config.slots_kind = getattr(lib, f"FATE_SLOTS_{slots.kind.upper()}")
-        config.slots_value = values[0] if values else 0.0
-        config.slots_list, config.n_slots_list = slots_list, len(values)
+        config.slots_value = float(slots.values[0]) if slots.values else 0.0
+        config.slots_list, config.n_slots_list = slots_list, len(counts)
         config.on_open, config.on_step = lib.fate_py_open, lib.fate_py_step
         config.on_miss, config.on_close = lib.fate_py_miss, lib.fate_py_close
         config.user = self._handle
@@ -103,11 +112,12 @@ class Host:
 
     def next_policy(self) -> Policy:
         policy, self._first = self._first, None
-        if policy is not None:
-            return policy
-        if self._given is not None:
-            return copy.deepcopy(self._given)  # `start` makes it forget
-        return make_policy(self.config)
+        if policy is None:
+            policy = self.given_copy()
+        return make_policy(self.config) if policy is None else policy
+
+    def given_copy(self) -> Policy | None:
+        return copy.deepcopy(self._given)  # `start` makes it forget
 
     def next_record(self) -> Path:
         assert self.record is not None
@@ -131,10 +141,23 @@ class Host:
 
     def close(self, pointer: Any) -> None:
         try:
-            self.find(pointer).close()
+            for engine in self.engines:
+                if engine.pointer == pointer:  # an engine that failed to open is not among them
+                    engine.close()
         finally:
             self._release()
 
     def _release(self) -> None:
         if not self._is_configured and all(engine.pointer is None for engine in self.engines):
             _alive.discard(self)
+
+
+def _check_record(path: Path) -> None:
+    """Raise now what the first step would meet, after a model was loaded."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a directory")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise TraceError(f"trace {path} cannot be recorded: {error}") from error

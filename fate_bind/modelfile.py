@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Sequence
@@ -17,10 +18,20 @@ EMBEDDED = Path(__file__).resolve().parent / "models" / "tiny-moe-31m-q4_0.gguf"
 _STRING, _ARRAY = 8, 9
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of GGUF's value types
 _MAX_STRING = 1 << 32
+_MAX_DIMS = 64
+
+# of GGUF's tensor types that files hold: elements and bytes of a block
+TENSOR_SIZES = {
+    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34),
+    10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210),
+    16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82),
+    23: (256, 136), 24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2),
+    34: (256, 54), 35: (256, 66), 39: (32, 17), 40: (64, 36), 41: (128, 18), 42: (64, 18),
+}  # fmt: skip
 
 
 def check(path: str | Path) -> Path:
-    """Return the path if it is a GGUF file whose header is whole and whose tensors begin inside it."""
+    """Return the path if it is a GGUF file whose header is whole and whose tensors end inside it."""
     path = Path(path)
     if path.is_dir():
         raise EngineError(f"model {path} is a directory; expected a .gguf file")
@@ -33,13 +44,13 @@ def check(path: str | Path) -> Path:
                 raise EngineError(f"model {path} is not a GGUF file: it begins with {magic!r}")
             size = os.fstat(file.fileno()).st_size
             try:
-                end = _end_of_header_and_offsets(file)
+                end = _end_of_tensors(file)
             except (EOFError, struct.error, KeyError, OverflowError):
                 raise EngineError(f"model {path} is cut short or damaged: its header does not end") from None
     except OSError as error:
         raise EngineError(f"model {path} cannot be read: {error}") from error
     if end > size:
-        raise EngineError(f"model {path} is cut short: {size} bytes, but a tensor begins at byte {end}")
+        raise EngineError(f"model {path} is cut short: {size} bytes, but its tensors end at byte {end}")
     return path
 
 
@@ -55,7 +66,7 @@ def check_args(args: Sequence[str], is_list: bool = False) -> None:
         raise UsageError(f"{args[-1]} needs a value: FILE.gguf")
 
 
-def _end_of_header_and_offsets(file: IO[bytes]) -> int:
+def _end_of_tensors(file: IO[bytes]) -> int:
     version, n_tensors, n_keys = struct.unpack("<IQQ", _exactly(file, 20))
     if not 2 <= version <= 3:
         return 0  # another byte order or format: llama.cpp knows
@@ -71,9 +82,11 @@ def _end_of_header_and_offsets(file: IO[bytes]) -> int:
     for _ in range(n_tensors):
         _string(file)
         (n_dims,) = struct.unpack("<I", _exactly(file, 4))
-        _exactly(file, 8 * n_dims + 4)
-        (offset,) = struct.unpack("<Q", _exactly(file, 8))
-        last = max(last, offset)
+        if n_dims > _MAX_DIMS:
+            raise EOFError
+        *dims, kind, offset = struct.unpack(f"<{n_dims}QIQ", _exactly(file, 8 * n_dims + 12))
+        n_block, n_bytes = TENSOR_SIZES.get(kind, (1, 0))  # a newer type: at least it begins inside
+        last = max(last, offset + math.prod(dims) // n_block * n_bytes)
     return (file.tell() + alignment - 1) // max(alignment, 1) * alignment + last if n_tensors else 0
 
 

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fate_bind import library
+from fate_bind.errors import UsageError
 
 MODEL_FLAGS = ("-m", "--model", "-mu", "--model-url", "-hf", "-hfr", "--hf-repo")
+HELP = ("-h", "--help", "--usage")
+_ENDS = (*HELP, "--version", "-cl", "--cache-list", "--list-devices", "--completion-bash")
 _MODEL_VARIABLES = ("LLAMA_ARG_MODEL", "LLAMA_ARG_MODEL_URL", "LLAMA_ARG_HF_REPO")
 
 
@@ -58,6 +61,13 @@ def has_gpu() -> bool:
 def given(args: Sequence[str], flags: Sequence[str]) -> bool:
     """Say whether one of the flags is among the arguments, in any spelling that llama.cpp takes."""
     return any((arg.replace("_", "-") if arg.startswith("--") else arg) in flags for arg in args)
+
+
+def refuse_ends(args: Sequence[str]) -> None:
+    """Raise for a flag with which llama.cpp prints something and ends the process."""
+    for arg in args:
+        if given([arg], _ENDS):
+            raise UsageError(f"{arg} makes llama.cpp print something and end the process; leave it out")
 
 
 def names_model(args: Sequence[str]) -> bool:

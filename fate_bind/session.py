@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import codecs
+import functools
+import operator
 import tempfile
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -13,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fate_bind import library, modelfile, placement
+from fate_bind import interrupts, library, modelfile, placement
 from fate_bind.engine import Engine
-from fate_bind.errors import EngineError
+from fate_bind.errors import EngineError, PolicyConfigError
 from fate_bind.host import Host
 from fate_bind.stats import Report, as_dict, not_engaged
 from fate_policy.base import Policy
@@ -56,8 +62,11 @@ class _Model:
 
     def __init__(self, path: str | Path | None, args: Sequence[str], place: bool) -> None:
         ffi, lib = library.load()
+        placement.refuse_ends(args)
         argv = ["fate", *args]
-        if path is not None:
+        if path is None:
+            modelfile.check_args(args)
+        else:
             argv += ["-m", str(modelfile.check(path))]
         if place:
             argv += placement.flags("completion", args, placement.has_gpu())
@@ -77,8 +86,10 @@ class _Model:
 class Session:
     """A model and a context of llama.cpp on it, with the pool or without.
 
-    A context manager; one thread at a time. An exception of the policy's own is raised by the call during
-    which it happened, after which the run goes on as LRU.
+    A context manager; one call at a time, a second one raises `EngineError`. Ctrl-C is raised when the call
+    that it met is over, so that no step is missing from the recording; a second one breaks off a policy that
+    does not return. An exception of the policy's own is raised by the call during which it happened, after
+    which the run goes on as LRU.
 
     Parameters
     ----------
@@ -118,16 +129,20 @@ class Session:
         if record is True:
             self._scratch = tempfile.TemporaryDirectory(prefix="fate-")
             record = Path(self._scratch.name) / "trace.npz"
+        if not fate and (record or require):
+            raise PolicyConfigError("fate is False, so there is nothing to record or to require")
         host = Host(config, instance, Path(record) if record else None, require) if fate else None
         if model is None and not placement.names_model(args):
             model = modelfile.EMBEDDED
-        self._open(_Model(model, args, place), host)
+        with interrupts.held():
+            self._open(_Model(model, args, place), host)
 
     def _open(self, model: _Model, host: Host | None) -> None:
         ffi, lib = library.load()
         self._model = model
         self._host = host
         self._context: Any = None
+        self._in_use = threading.Lock()
         model.n_sessions += 1
         handle = ffi.new("fate_context **")
         try:
@@ -147,6 +162,8 @@ class Session:
         self.n_batch = int(lib.fate_context_n_batch(self._context))
         self.n_seq_max = int(lib.fate_context_n_seq_max(self._context))
         self._is_empty = True
+        self._at_exit = functools.partial(_close_left_open, weakref.ref(self))
+        atexit.register(self._at_exit)
 
     def fork(
         self,
@@ -163,15 +180,25 @@ class Session:
 
         By default it is configured as this one; both can be closed in any order.
         """
+        self._open_context()
+        if not fate:
+            if record or require:
+                raise PolicyConfigError("fate is False, so there is nothing to record or to require")
+            return self.fork_with(None)
+        given = None
+        if policy is None:
+            policy = self._host.config if self._host is not None else "lru"
+            given = self._host.given_copy() if self._host is not None else None
+        config, instance = resolve_config(policy, slots, mode, sync)
+        instance = given if instance is None else instance
+        return self.fork_with(Host(config, instance, Path(record) if record else None, require))
+
+    def fork_with(self, host: Host | None) -> Session:
+        """Return what `fork` does, with the engine that `host` describes; None: without any."""
         other = Session.__new__(Session)
         other._scratch = None
-        host = None
-        if fate:
-            if policy is None:
-                policy = self._host.config if self._host is not None else "lru"
-            config, instance = resolve_config(policy, slots, mode, sync)
-            host = Host(config, instance, Path(record) if record else None, require)
-        other._open(self._model, host)
+        with self._calling():
+            other._open(self._model, host)
         return other
 
     def close(self) -> None:
@@ -179,13 +206,17 @@ class Session:
 
         `stats`, `counters` and `record` go on answering. A second call does nothing.
         """
-        if self._context is None:
-            return
-        context, self._context = self._context, None
-        library.load().lib.fate_context_close(context)
-        self._model.release()
-        if self._host is not None:
-            self._host.reraise()
+        if self._context is not None:
+            self._close(may_raise=True)
+
+    def _close(self, may_raise: bool) -> None:
+        with self._calling(may_raise):
+            context, self._context = self._context, None
+            library.load().lib.fate_context_close(context)
+            self._model.release()
+            atexit.unregister(self._at_exit)
+            if self._host is not None and may_raise:
+                self._host.reraise()
 
     def __enter__(self) -> Session:
         return self
@@ -199,9 +230,7 @@ class Session:
 
     def __del__(self) -> None:
         if getattr(self, "_context", None) is not None:
-            if self._host is not None:
-                self._host.failure = None
-            self.close()
+            self._close(may_raise=False)
 
     # ------------------------------------------------------------------------------------------------ text
 
@@ -212,10 +241,11 @@ class Session:
         n = ffi.new("int32_t *")
         tokens = np.empty(len(data) + 8, np.int32)
         while True:
-            status = lib.fate_model_tokenize(
-                self._open_model(), data, len(data), add_special, _ints(tokens), len(tokens), n
-            )
-            self._check(status)
+            with self._calling():
+                status = lib.fate_model_tokenize(
+                    self._model.handle, data, len(data), add_special, _ints(tokens), len(tokens), n
+                )
+                self._check(status)
             if n[0] <= len(tokens):
                 return tokens[: n[0]].copy()
             tokens = np.empty(n[0], np.int32)
@@ -227,7 +257,8 @@ class Session:
         size = 64
         while True:
             text = ffi.new("char[]", size)
-            self._check(lib.fate_model_piece(self._open_model(), int(token), text, size, n))
+            with self._calling():
+                self._check(lib.fate_model_piece(self._model.handle, operator.index(token), text, size, n))
             if n[0] <= size:
                 return bytes(ffi.buffer(text, n[0])[:])
             size = n[0]
@@ -235,10 +266,12 @@ class Session:
     def flag_prompt(self) -> str:
         """Return the prompt that the flags -p or -f gave, "" if none."""
         ffi, lib = library.load()
-        return library.text(ffi, lib.fate_model_prompt(self._open_model()))
+        with self._calling():
+            return library.text(ffi, lib.fate_model_prompt(self._model.handle))
 
     def detokenize(self, tokens: Sequence[int] | NDArray[np.integer]) -> str:
-        return b"".join(self.piece(int(token)) for token in tokens).decode("utf-8", "replace")
+        self._open_context()
+        return b"".join(self.piece(token) for token in token_ids(tokens).tolist()).decode("utf-8", "replace")
 
     def generate(
         self,
@@ -256,20 +289,15 @@ class Session:
         The prompt follows what sequence 0 holds; `clear` starts over. Temperature 0 is greedy.
         """
         lib = library.load().lib
-        self._check(
-            lib.fate_context_set_sampler(
-                self._open_context(), temperature, top_k, top_p, min_p, seed & 0xFFFFFFFF
+        with self._calling() as context:
+            self._check(
+                lib.fate_context_set_sampler(context, temperature, top_k, top_p, min_p, seed & 0xFFFFFFFF)
             )
-        )
         return self._generate(prompt, n_tokens)
 
     def _generate(self, prompt: str | Sequence[int] | NDArray[np.integer], n_tokens: int) -> Iterator[str]:
         ffi, lib = library.load()
-        tokens = (
-            self.tokenize(prompt, self._is_empty)
-            if isinstance(prompt, str)
-            else np.ascontiguousarray(prompt, np.int32)
-        )
+        tokens = self.tokenize(prompt, self._is_empty) if isinstance(prompt, str) else token_ids(prompt)
         for start in range(0, len(tokens), self.n_batch):
             part = tokens[start : start + self.n_batch]
             last = np.zeros(len(part), np.int8)
@@ -278,8 +306,10 @@ class Session:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         token = ffi.new("int32_t *")
         for i in range(n_tokens):
-            self._check(lib.fate_context_sample(self._open_context(), token))
-            if lib.fate_model_is_eog(self._open_model(), token[0]):
+            with self._calling() as context:
+                self._check(lib.fate_context_sample(context, token))
+                is_end = bool(lib.fate_model_is_eog(self._model.handle, token[0]))
+            if is_end:
                 break
             if text := decoder.decode(self.piece(token[0])):
                 yield text
@@ -295,7 +325,8 @@ class Session:
 
         Splits into batches of `n_batch`, as llama.cpp's programs do.
         """
-        tokens = np.ascontiguousarray(tokens, np.int32)
+        self._open_context()
+        tokens = token_ids(tokens)
         out = np.empty((len(tokens), self.n_vocab), np.float32)
         for start in range(0, len(tokens), self.n_batch):
             stop = start + self.n_batch
@@ -314,19 +345,19 @@ class Session:
         Parameters
         ----------
         positions, sequences
-            int32 (n_tokens,). None: the tokens follow what sequence 0 holds. Sequences need `-np`.
+            Whole numbers, (n_tokens,). None: the tokens follow what sequence 0 holds. Sequences need `-np`.
         outputs
             bool (n_tokens,): whose logits are wanted. None: all.
         """
-        tokens = np.ascontiguousarray(tokens, np.int32)
+        tokens = token_ids(tokens)
         wanted = (
             np.ones(len(tokens), np.int8)
             if outputs is None
             else np.asarray(outputs, np.bool_).astype(np.int8)
         )
         out = np.empty((int(wanted.sum()), self.n_vocab), np.float32)
-        at = None if positions is None else np.ascontiguousarray(positions, np.int32)
-        of = None if sequences is None else np.ascontiguousarray(sequences, np.int32)
+        at = None if positions is None else token_ids(positions, "positions")
+        of = None if sequences is None else token_ids(sequences, "sequences")
         for name, array in (("positions", at), ("sequences", of), ("outputs", wanted)):
             if array is not None and array.shape != tokens.shape:
                 raise ValueError(
@@ -344,44 +375,49 @@ class Session:
         logits: NDArray[np.float32] | None,
     ) -> None:
         ffi, lib = library.load()
-        status = lib.fate_context_decode(
-            self._open_context(),
-            len(tokens),
-            _ints(tokens),
-            ffi.NULL if positions is None else _ints(positions),
-            ffi.NULL if sequences is None else _ints(sequences),
-            ffi.NULL if outputs is None else ffi.from_buffer("int8_t[]", outputs),
-            ffi.NULL if logits is None else ffi.from_buffer("float[]", logits),
-        )
-        self._is_empty = False
-        self._check(status)
+        with self._calling() as context:
+            status = lib.fate_context_decode(
+                context,
+                len(tokens),
+                _ints(tokens),
+                ffi.NULL if positions is None else _ints(positions),
+                ffi.NULL if sequences is None else _ints(sequences),
+                ffi.NULL if outputs is None else ffi.from_buffer("int8_t[]", outputs),
+                ffi.NULL if logits is None else ffi.from_buffer("float[]", logits),
+            )
+            self._is_empty = False
+            self._check(status)
 
     # ---------------------------------------------------------------------------------------------- context
 
     def clear(self) -> None:
         """Forget all sequences; the pool keeps its experts."""
-        self._check(library.load().lib.fate_context_clear(self._open_context()))
-        self._is_empty = True
+        with self._calling() as context:
+            self._check(library.load().lib.fate_context_clear(context))
+            self._is_empty = True
 
     def shift(self, start: int, stop: int, sequence: int = 0) -> None:
         """Remove the positions from `start` up to `stop` of a sequence and move down what follows."""
-        self._check(library.load().lib.fate_context_shift(self._open_context(), sequence, start, stop))
+        with self._calling() as context:
+            self._check(library.load().lib.fate_context_shift(context, sequence, start, stop))
 
     def state(self) -> bytes:
         """Return what all sequences hold; the pool is no part of it."""
         ffi, lib = library.load()
         size = ffi.new("size_t *")
-        self._check(lib.fate_context_state_size(self._open_context(), size))
-        data = ffi.new("uint8_t[]", size[0])
-        self._check(lib.fate_context_state_get(self._open_context(), data, size[0]))
+        with self._calling() as context:
+            self._check(lib.fate_context_state_size(context, size))
+            data = ffi.new("uint8_t[]", size[0])
+            self._check(lib.fate_context_state_get(context, data, size[0]))
         return bytes(ffi.buffer(data, size[0])[:])
 
     def restore(self, state: bytes) -> None:
         """Take back what `state` returned, from this or another session of the same model and flags."""
         ffi, lib = library.load()
         data = ffi.from_buffer("uint8_t[]", state)
-        self._check(lib.fate_context_state_set(self._open_context(), data, len(state)))
-        self._is_empty = False
+        with self._calling() as context:
+            self._check(lib.fate_context_state_set(context, data, len(state)))
+            self._is_empty = False
 
     # ------------------------------------------------------------------------------------------------ engine
 
@@ -399,9 +435,10 @@ class Session:
         """
         ffi, lib = library.load()
         engine = self._engine()
-        if self._context is not None and (pointer := lib.fate_context_engine(self._context)) != ffi.NULL:
-            self._check(lib.fate_engine_flush(pointer))
-        trace = engine.recorded() if engine is not None else None
+        with self._entered():
+            if self._context is not None and (pointer := lib.fate_context_engine(self._context)) != ffi.NULL:
+                self._check(lib.fate_engine_flush(pointer))
+            trace = engine.recorded() if engine is not None else None
         if trace is None:
             raise EngineError(
                 "nothing was recorded: the session has no record=, did not engage, or has run nothing"
@@ -411,9 +448,10 @@ class Session:
     def check(self) -> None:
         """Raise `EngineError` if slot tables contradict each other or a slot does not hold its expert."""
         ffi, lib = library.load()
-        engine = lib.fate_context_engine(self._open_context())
-        if engine != ffi.NULL:
-            self._check(lib.fate_engine_check(engine))
+        with self._calling() as context:
+            engine = lib.fate_context_engine(context)
+            if engine != ffi.NULL:
+                self._check(lib.fate_engine_check(engine))
 
     def _engine(self) -> Engine | None:
         return self._host.engines[0] if self._host is not None and self._host.engines else None
@@ -433,14 +471,49 @@ class Session:
             raise EngineError("the session is closed")
         return self._context
 
-    def _open_model(self) -> Any:
-        self._open_context()
-        return self._model.handle
+    @contextmanager
+    def _calling(self, may_raise: bool = True) -> Iterator[Any]:
+        """Yield the context for calls of the library: one at a time, and with Ctrl-C held back."""
+        with self._entered(may_raise):
+            yield self._open_context()
+
+    @contextmanager
+    def _entered(self, may_raise: bool = True) -> Iterator[None]:
+        with interrupts.held(may_raise=may_raise):
+            if not self._in_use.acquire(blocking=False):
+                raise EngineError(
+                    "the session is in use, by another thread or by the policy's own call; it takes one call "
+                    "at a time (`fork` makes a second one on the same model)"
+                )
+            try:
+                yield
+            finally:
+                self._in_use.release()
 
     def _check(self, status: int) -> None:
         if self._host is not None:
             self._host.reraise()
         library.check(status)
+
+
+def token_ids(values: ArrayLike, name: str = "tokens") -> NDArray[np.int32]:
+    """Return whole numbers in one dimension as C-contiguous int32; anything else is a `ValueError`."""
+    array = np.asarray(values)
+    if array.shape == (0,):
+        return np.empty(0, np.int32)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(f"{name} are {array.dtype} of shape {array.shape}; expected whole numbers (n,)")
+    limits = np.iinfo(np.int32)
+    if array.min() < limits.min or array.max() > limits.max:
+        raise ValueError(f"{name} hold {array.min()} to {array.max()}; expected int32")
+    return np.ascontiguousarray(array, np.int32)
+
+
+def _close_left_open(session: weakref.ref[Session]) -> None:
+    """Close while Python is still whole, and before a temporary recording is removed."""
+    left = session()
+    if left is not None and not left._in_use.locked():  # locked: a thread that Python does not wait for
+        left._close(may_raise=False)
 
 
 def _ints(array: NDArray[np.int32]) -> Any:

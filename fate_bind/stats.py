@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fate_policy.base import Geometry
 from fate_policy.counters import PER_LAYER, Counters
+from fate_policy.errors import FateError
 
 _MIB = 1024 * 1024
 
@@ -115,6 +118,18 @@ def as_dict(report: Report) -> dict[str, Any]:
         "record": report.record,
         "per_layer": per_layer,
     }
+
+
+def write(document: dict[str, Any], path: Path | None) -> None:
+    """Write one line of JSON to a file, None: to stdout."""
+    text = json.dumps(document)
+    if path is None:
+        print(text, flush=True)
+        return
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise FateError(f"--fate-stats: {path} cannot be written: {error}") from error
 
 
 def summary(report: Report) -> str:

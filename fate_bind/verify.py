@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fate_bind.errors import EngineError
-from fate_bind.session import Choice, Session
+from fate_bind.host import Host
+from fate_bind.session import Choice, Session, resolve_config, token_ids
 from fate_bind.stats import Report
 
 PROMPT = "Once upon a time, there was a little girl who wanted to know how the moon stays in the sky."
@@ -128,11 +129,11 @@ def verify(
     policy, slots, mode, sync, record, require, place
         As for `Session`.
     """
+    config, instance = resolve_config(policy, slots, mode, sync)
+    host = Host(config, instance, Path(record) if record else None, require)  # refuses before a model loads
     with (
         Session(model, args, fate=False, place=place) as reference,
-        reference.fork(
-            policy=policy, slots=slots, mode=mode, sync=sync, record=record, require=require
-        ) as pooled,
+        reference.fork_with(host) as pooled,
     ):
         tokens = _prompt_tokens(reference, prompt)
         if len(tokens) + n_tokens > reference.n_ctx:
@@ -159,7 +160,7 @@ def _prompt_tokens(session: Session, prompt: str | Sequence[int] | None) -> NDAr
     if prompt is None:
         prompt = session.flag_prompt() or PROMPT
     if not isinstance(prompt, str):
-        return np.asarray(prompt, np.int32)
+        return token_ids(prompt, "the prompt's tokens")
     try:
         tokens = session.tokenize(prompt)
     except EngineError:

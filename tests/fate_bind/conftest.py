@@ -9,7 +9,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -67,6 +68,30 @@ def fake(fake_dir: Path) -> Iterator[library.Library]:
     if real is not None:
         sys.modules["fate_bind._fate"] = real
     library.load.cache_clear()
+
+
+@pytest.fixture
+def script(fake_dir: Path) -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """Run Python code with the stand-in in a process of its own."""
+    extension = str(fake_dir / _build_ffi.FILE_NAME)
+    begin = (
+        "import sys, importlib.util\n"
+        f"spec = importlib.util.spec_from_file_location('fate_bind._fate', {extension!r})\n"
+        "sys.modules[spec.name] = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(sys.modules[spec.name])\n"
+    )
+
+    def run(code: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", begin + textwrap.dedent(code)],
+            env={**os.environ, "PYTHONPATH": str(Path(_build_ffi.PACKAGE).parent)},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+
+    return run
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -235,12 +236,67 @@ def test_a_record_that_cannot_be_written_does_not_stop_the_policy(
     fake: Library, model: Path, tmp_path: Path
 ) -> None:
     policy = Watching()
-    with (
-        Session(model, policy=policy, record=tmp_path / "no" / "trace.npz", sync=True) as session,
-        pytest.raises(TraceError, match="cannot be recorded"),
-    ):
-        session.logits(TOKENS)
+    (tmp_path / "gone").mkdir()
+    with Session(model, policy=policy, record=tmp_path / "gone" / "trace.npz", sync=True) as session:
+        (tmp_path / "gone").rmdir()
+        with pytest.raises(TraceError, match="cannot be recorded"):
+            session.logits(TOKENS)
+        assert session.stats()["record"] is None
+        with pytest.raises(EngineError, match="nothing was recorded"):
+            session.record()
     assert len([event for event in policy.events if isinstance(event, Step)]) == len(TOKENS)
+
+
+def test_a_record_that_cannot_be_finished_is_not_called_recorded(
+    fake: Library, model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "trace.npz"
+    with Session(model, record=path) as session:
+        session.logits(TOKENS)
+        path.mkdir()
+        with pytest.raises(TraceError, match="what was recorded is kept in"):
+            session.close()
+    assert session.stats()["record"] is None
+    assert session.record().token_id.tolist() == TOKENS
+
+
+def test_a_fork_has_the_policy_that_was_given(fake: Library, model: Path) -> None:
+    """It once got a new one of the same class, without the parameters."""
+    policy = Frequency(half_life_tokens=3)
+    with Session(model, policy=policy) as session, session.fork() as other:
+        assert other._host is not None
+        driver = other._host.engines[0].driver
+        assert driver is not None
+        assert isinstance(driver.policy, Frequency)
+        assert driver.policy is not policy
+        assert driver.policy.half_life_tokens == 3
+
+
+def test_a_call_within_a_call_is_an_error(fake: Library, model: Path) -> None:
+    """Four threads in one session once ended the process in llama.cpp."""
+    refused: list[str] = []
+
+    class Calls(Policy):
+        def observe(self, step: Step) -> None:
+            calls = [lambda: session.logits([1]), session.clear, session.state, session.close, session.record]
+            for call in calls:
+                thread = threading.Thread(target=self.attempt, args=(call,))
+                thread.start()
+                thread.join()
+                self.attempt(call)
+
+        def attempt(self, call: Any) -> None:
+            try:
+                call()
+            except EngineError as error:
+                refused.append(str(error))
+
+    with Session(model, policy=Calls(), sync=True) as session:
+        session.logits([1, 2])
+        assert session.stats()["tokens"] == 2
+    assert len(refused) == 2 * 2 * 5
+    assert set(refused) == {refused[0]}
+    assert refused[0].startswith("the session is in use")
 
 
 def test_two_sessions_on_one_model_have_a_pool_and_a_policy_each(fake: Library, model: Path) -> None:

@@ -3,13 +3,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
-from fate_bind import placement
-from fate_bind.errors import EngineError, PolicyConfigError
+from fate_bind import modelfile, placement
+from fate_bind.errors import EngineError, PolicyConfigError, TraceError, UsageError
 from fate_bind.library import Library
+from fate_bind.modelfile import EMBEDDED
 from fate_bind.session import Session, resolve_config
+from fate_bind.verify import verify
+from fate_policy import trace
+from fate_policy.base import History, Policy
 from fate_policy.config import load
 from fate_policy.frequency import Frequency
 
@@ -72,9 +77,122 @@ def test_a_closed_session_answers_about_the_past_only(fake: Library, model: Path
     done = session.stats()
     assert {**alive, "seconds": 0} == {**done, "seconds": 0}
     assert session.record().token_id.tolist() == [1, 2, 3]
-    for call in (lambda: session.logits([1]), session.clear, lambda: session.tokenize("a"), session.check):
-        with pytest.raises(EngineError, match="closed"):
+    calls: list[Any] = [
+        session.check,
+        session.clear,
+        session.flag_prompt,
+        session.fork,
+        session.state,
+        lambda: session.fork(fate=False),
+        lambda: session.restore(b""),
+        lambda: session.shift(0, 1),
+        lambda: session.logits([1]),
+        lambda: session.logits([]),
+        lambda: session.decode([1]),
+        lambda: session.decode([]),
+        lambda: session.tokenize("a"),
+        lambda: session.tokenize(""),
+        lambda: session.piece(1),
+        lambda: session.detokenize([]),
+        lambda: session.generate([1]),
+    ]
+    for call in calls:
+        with pytest.raises(EngineError, match=r"^the session is closed$"):
             call()
+
+
+@pytest.mark.parametrize(
+    "tokens", [[[1, 2], [3, 4]], [1.0, 2.0], [1, 2.5], 3, [True, False], ["a"], [2**31], [-(2**31) - 1]]
+)
+def test_tokens_are_whole_numbers_in_one_dimension(fake: Library, model: Path, tokens: Any) -> None:
+    """Rows of a batch and floats were once cut to fit."""
+    with Session(model) as session:
+        for call in (session.logits, session.decode, session.detokenize, lambda t: list(session.generate(t))):
+            with pytest.raises(ValueError, match=r"^tokens .*; expected"):
+                call(tokens)
+        with pytest.raises(ValueError, match=r"^positions are float64 of shape \(1,\); expected whole"):
+            session.decode([1], positions=[0.5])
+        with pytest.raises(ValueError, match=r"^sequences"):
+            session.decode([1], sequences=[[0]])
+        assert session.logits(np.array([1, 2], np.uint8)).shape == (2, 16)
+        assert session.logits([]).shape == (0, 16)
+
+
+@pytest.mark.parametrize("slots", ["4GiB", "1.5G", "50%", "auto", [4, 4], 4])
+def test_every_kind_of_slots_reaches_the_library(fake: Library, model: Path, slots: Any) -> None:
+    """The bytes of a pool were once also put into a list of int32."""
+    with Session(model, slots=slots) as session:
+        assert session.stats()["slots"] == 8
+
+
+@pytest.mark.parametrize("slots", [2**40, 10**20, "99999999999999999999", [4, 2**40]])
+def test_absurd_slots_are_one_clear_error(slots: Any) -> None:
+    with pytest.raises(PolicyConfigError, match=r"^slots: .* expected a count of 1 to 2147483647"):
+        Session("not even looked at", slots=slots)
+
+
+@pytest.mark.parametrize("given", [{"require": True}, {"record": True}, {"record": "trace.npz"}])
+def test_without_a_pool_there_is_nothing_to_record(fake: Library, model: Path, given: Any) -> None:
+    with pytest.raises(PolicyConfigError, match="the mode is off, so there is nothing to record or to req"):
+        Session(model, mode="off", **given)
+    with pytest.raises(PolicyConfigError, match="fate is False, so there is nothing to record or to req"):
+        Session(model, fate=False, **given)
+
+
+def test_a_record_that_cannot_be_written_is_refused_at_once(fake: Library, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "none" / "t.npz", tmp_path / "file" / "t.npz", tmp_path):
+        with pytest.raises(TraceError, match="cannot be recorded"):
+            Session("not even looked at", record=path)
+
+
+@pytest.mark.parametrize(
+    ("policy", "what"),
+    [
+        ("belady", "policy belady knows the future: it works in replay only"),
+        (f"{__name__}:OnlyVictims", "names victims but has no scores.*use --fate-mode callback"),
+        ("static", r"static: \{profile: FILE\}"),
+    ],
+)
+def test_a_policy_that_cannot_run_is_refused_before_a_model_is_loaded(
+    fake: Library, policy: str, what: str
+) -> None:
+    with pytest.raises(PolicyConfigError, match=what):
+        Session("not even looked at", policy=policy)
+    with pytest.raises(PolicyConfigError, match=what):
+        verify("not even looked at", policy=policy)
+
+
+class OnlyVictims(Policy):
+    """Has no scores."""
+
+    def victims(self, layer: int, n: int, pinned: Any, history: History) -> Any:
+        return []
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["-h", "--help", "--usage", "--version", "-cl", "--cache-list", "--list_devices", "--completion-bash"],
+)
+def test_flags_that_would_end_the_process_are_refused(fake: Library, flag: str) -> None:
+    with pytest.raises(UsageError, match=f"^{flag} makes llama.cpp print something and end the process"):
+        Session(args=[flag])
+
+
+def test_a_session_left_open_at_the_end_of_python_is_closed_quietly(script: Any, model: Path) -> None:
+    """The temporary recording was once removed first, and closing the session then complained."""
+    kept = model.with_name("kept.npz")
+    done = script(
+        f"""
+        from fate_bind.session import Session
+        kept = Session({str(model)!r}, record={str(kept)!r})
+        left = Session({str(model)!r}, record=True)
+        for session in (kept, left):
+            session.logits([1, 2, 3])
+        """,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert trace.load(kept).token_id.tolist() == [1, 2, 3]
 
 
 def test_without_fate_there_are_no_numbers(fake: Library, model: Path) -> None:
@@ -94,7 +212,12 @@ def test_without_fate_there_are_no_numbers(fake: Library, model: Path) -> None:
         (lambda folder: folder / "none.gguf", "does not exist"),
         (lambda folder: _write(folder, b"GGML" + bytes(20)), "is not a GGUF file"),
         (lambda folder: _write(folder, b"GGUF" + (3).to_bytes(4, "little")), "its header does not end"),
-        (lambda folder: _write(folder, _header(offset=1 << 20)), "is cut short: .* a tensor begins at byte"),
+        (lambda folder: _write(folder, _header(offset=1 << 20)), "is cut short: .* end at byte"),
+        (lambda folder: _write(folder, _header(offset=0) + bytes(44)), "207 bytes, but .* end at byte 208"),
+        (
+            lambda folder: _write(folder, EMBEDDED.read_bytes()[:-1]),
+            "20324863 bytes, but .* byte 20324864",
+        ),
     ],
 )
 def test_a_bad_file_is_refused_before_llama_cpp_sees_it(
@@ -102,6 +225,21 @@ def test_a_bad_file_is_refused_before_llama_cpp_sees_it(
 ) -> None:
     with pytest.raises(EngineError, match=what):
         Session(make(tmp_path))
+
+
+@pytest.mark.parametrize("args", [["-m"], ["--model"]])
+def test_a_model_among_the_flags_is_checked_too(fake: Library, tmp_path: Path, args: list[str]) -> None:
+    path = _write(tmp_path, _header(offset=0))
+    with pytest.raises(EngineError, match="is cut short"):
+        Session(args=[*args, str(path)])
+
+
+def test_the_sizes_of_tensor_types_are_those_of_the_format() -> None:
+    never_in_files = ("Q8_1", "Q8_K")
+    known = {
+        int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items() if kind.name not in never_in_files
+    }
+    assert {kind: modelfile.TENSOR_SIZES.get(kind) for kind in known} == known
 
 
 def _write(folder: Path, data: bytes) -> Path:

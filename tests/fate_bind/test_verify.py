@@ -53,6 +53,18 @@ def test_the_command_exits_as_documented(
     assert main([*command, "--fate-slots", "4"]) == 0
     assert capsys.readouterr().out.startswith("identical: ")
     assert main([*command, "--fate-slots=8"]) == 2
+    assert main([*command, "--fate-slots=8", "--fate-require"]) == 2
+    assert capsys.readouterr() == (
+        "not verified: not engaged because all experts resident\n" * 2,
+        "",
+    )
+    assert main([*command, "--fate-mode=off", "--fate-require"]) == 2
+    assert capsys.readouterr().out == "not verified: not engaged because the mode is off\n"
+    assert main(["verify", "--help"]) == main(["verify", "-h"]) == 0
+    assert main([*command, "--fate-slots=4", "--fate-stats=json:/dev/full"]) == 3
+    out, err = capsys.readouterr()
+    assert out.endswith(" evictions\n")
+    assert err.startswith("fate: error: --fate-stats: /dev/full cannot be written: ")
     assert main([*command, "--fate-slot=8"]) == 3
     assert main(["verify", "-m", "none.gguf"]) == 3
     assert main([*command[:-1], "many"]) == 3
