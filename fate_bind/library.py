@@ -64,10 +64,19 @@ def _status_name(lib: Any, status: int) -> str:
 
 def has_https() -> bool:
     """Say whether llama.cpp was built with OpenSSL, which -hf and --model-url need; True if unknown."""
+    return not _is_off("LLAMA_OPENSSL")
+
+
+def has_page() -> bool:
+    """Say whether llama.cpp was built with the server's web page; True if unknown."""
+    return not _is_off("LLAMA_BUILD_UI")
+
+
+def _is_off(option: str) -> bool:
     active = Path(__file__).resolve().parent.parent / "build" / "active.json"
     try:
         llama_dir = json.loads(active.read_text(encoding="utf-8"))["llama_dir"]
         cache = (Path(llama_dir) / "CMakeCache.txt").read_text(encoding="utf-8")
     except (OSError, ValueError, KeyError):
-        return True
-    return "LLAMA_OPENSSL:BOOL=OFF" not in cache
+        return False
+    return f"{option}:BOOL=OFF" in cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,8 @@ def _writable(name: str, text: str | None) -> Path | None:
         raise UsageError(f"--fate-{name}: {path} is a directory; expected a file")
     if not path.parent.is_dir():
         raise UsageError(f"--fate-{name}: there is no directory {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"--fate-{name}: {path} cannot be written")
     return path
 
 

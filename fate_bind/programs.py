@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import json
+import os
 import signal
 import sys
 import threading
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fate_bind import library, modelfile, options, placement, stats
-from fate_bind.errors import FateError, PolicyConfigError, UsageError
+from fate_bind.errors import FateError, UsageError
 from fate_bind.host import Host
 from fate_bind.options import Options
 from fate_bind.session import resolve_config
@@ -44,7 +44,6 @@ PROGRAMS = {
     "quantize": Program("quantize", "quantise a model file; has no pool", opens_contexts=False),
 }
 
-_HELP = ("-h", "--help", "--usage")
 _INTERACTIVE = ("-cnv", "--conversation", "-i", "--interactive", "-if", "--interactive-first")
 _DOWNLOADS = ("-hf", "-hfr", "--hf-repo", "-mu", "--model-url")
 _PROMPT = ("-p", "--prompt", "-f", "--file", "-bf", "--binary-file", "-sys", "--system-prompt")
@@ -65,7 +64,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     """
     program = PROGRAMS[command]
     chosen, args = options.take(argv)
-    if placement.given(args, _HELP):
+    if placement.given(args, placement.HELP):
         print(f"flags of fate {command}, before those of llama.cpp's {program.name}:\n")
         print(options.help_text() + "\n", flush=True)
         return _call(program, args)
@@ -73,9 +72,14 @@ def run(command: str, argv: Sequence[str]) -> int:
         return _call(program, args)
     args = _complete(command, args)
     config, _ = resolve_config(chosen.policy, chosen.slots, chosen.mode, chosen.sync)
-    if config.mode == "off" and (chosen.record or chosen.require):
-        raise PolicyConfigError("the mode is off, so there is nothing to record or to require")
     host = Host(config, None, chosen.record, chosen.require)
+    if command == "serve" and _wants_page(args) and not library.has_page():
+        print(
+            "fate: the web page is not in this build, only the endpoints are; for the page run "
+            "`python build.py build --ui` (needs node and npm)",
+            file=sys.stderr,
+            flush=True,
+        )
     args += placement.flags(program.name, args, placement.has_gpu())
     return _Run(program, args, host, chosen).run()
 
@@ -98,6 +102,15 @@ def _complete(command: str, args: list[str]) -> list[str]:
             "headers of OpenSSL (Debian, Ubuntu: apt-get install libssl-dev) and run `python build.py build`"
         )
     return args
+
+
+def _wants_page(args: Sequence[str]) -> bool:
+    """Say whether llama.cpp's server would show its own page: not switched off, and no other one given."""
+    return not (
+        placement.given(args, ("--no-ui", "--no-webui", "--path"))
+        or os.environ.get("LLAMA_ARG_UI") in ("0", "false", "off", "disabled")
+        or any(name in os.environ for name in ("LLAMA_ARG_NO_UI", "LLAMA_ARG_STATIC_PATH"))
+    )
 
 
 def _call(program: Program, args: Sequence[str]) -> int:
@@ -126,10 +139,11 @@ class _Run:
             library.check(lib.fate_exit_watch(lib.fate_py_interrupt, user))
             try:
                 code = _call(self.program, self.args)
+                refusal = library.text(ffi, lib.fate_engine_error())  # the end of the block forgets it
             finally:
                 library.check(lib.fate_exit_watch(ffi.NULL, ffi.NULL))
         ctypes.CDLL(None).fflush(None)  # what C has buffered comes before what we print
-        return self._end(code)
+        return self._end(code, refusal)
 
     @contextmanager
     def _interrupts(self, user: Any) -> Iterator[None]:
@@ -159,20 +173,24 @@ class _Run:
             if not any(engine.is_engaged for engine in self.host.engines):
                 return
             is_end = not (self.program.name == "completion" and placement.given(self.args, _INTERACTIVE))
-            for engine in self.host.engines:
-                engine.keep_record(is_end)
             print(file=sys.stderr)
+            for engine in self.host.engines:
+                try:
+                    engine.keep_record(is_end)
+                except FateError as error:  # the summary still comes, without "recorded"
+                    print(f"fate: error: {error}", file=sys.stderr)
             self._print_summary()
             sys.stdout.flush()
         except BaseException as error:  # nothing may keep the program from ending
             print(f"fate: error: {error}", file=sys.stderr, flush=True)
 
-    def _end(self, code: int) -> int:
-        ffi, lib = library.load()
-        refusal = library.text(ffi, lib.fate_engine_error())
+    def _end(self, code: int, refusal: str) -> int:
         failure, self.host.failure = self.host.failure, None
         if any(engine.is_engaged for engine in self.host.engines) or not (refusal or failure or code):
-            self._print_summary()
+            try:
+                self._print_summary()
+            except FateError as error:
+                failure = failure or error
         if isinstance(failure, FateError):
             raise failure
         if failure is not None:
@@ -198,11 +216,7 @@ class _Run:
         document = stats.as_dict(reports[0])
         if len(reports) > 1:
             document["further"] = [stats.as_dict(report) for report in reports[1:]]
-        text = json.dumps(document)
-        if self.chosen.stats_file is None:
-            print(text, flush=True)
-        else:
-            self.chosen.stats_file.write_text(text + "\n", encoding="utf-8")
+        stats.write(document, self.chosen.stats_file)
 
 
 def _tell_failure(failure: BaseException) -> None:

@@ -12,7 +12,8 @@ from fate_bind import library, modelfile, options, programs, stats
 from fate_bind.__main__ import main
 from fate_bind.errors import UsageError
 from fate_bind.library import Library
-from fate_policy.base import Geometry, Policy, Step
+from fate_policy import trace
+from fate_policy.base import Geometry, History, Policy, Step
 from fate_policy.counters import Counters
 from fate_policy.trace import load
 
@@ -21,6 +22,13 @@ KEYS = {
     "bypassed", "fills", "seed_fills", "evictions", "bytes", "all_resident", "tokens", "policy_seconds",
     "per_layer",
 }  # fmt: skip
+
+
+class OnlyVictims(Policy):
+    """Has no scores."""
+
+    def victims(self, layer: int, n: int, pinned: NDArray[np.bool_], history: History) -> list[int]:
+        return []
 
 
 class Failing(Policy):
@@ -122,6 +130,64 @@ def test_statistics_as_json(run, tmp_path: Path) -> None:
     assert json.loads(out.splitlines()[-1]).keys() == numbers.keys()
 
 
+def test_statistics_that_cannot_be_written_are_one_line(run) -> None:
+    """A full disk once ended in a traceback."""
+    code, _, err = run("--fate-stats", "json:/dev/full")
+    assert (code, err.count("\n")) == (1, 1)
+    assert err.startswith("fate: error: --fate-stats: /dev/full cannot be written: ")
+
+
+@pytest.mark.parametrize("flags", [[], ["--interrupt"]])
+def test_a_failed_recording_is_not_called_recorded(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trace, "_finish", full)
+    code, _, err = run("--fate-record", str(tmp_path / "trace.npz"), *flags)
+    assert code == (0 if flags else 1)  # the program would have ended itself
+    assert "No space left on device; what was recorded is kept in" in err
+    assert "  recorded " not in err
+    assert "tokens in " in err
+    assert "Traceback" not in err
+    assert load(tmp_path / "trace.npz").n_tokens == (5 if flags else 8)
+
+
+@pytest.mark.parametrize(
+    ("policy", "what"),
+    [
+        ("belady", "policy belady knows the future: it works in replay only"),
+        (f"{__name__}:OnlyVictims", "use --fate-mode callback"),
+        ("static", "it goes into a YAML file with `static: {profile: FILE}`, which --fate-policy takes"),
+    ],
+)
+def test_a_policy_that_cannot_run_is_refused_before_a_model_is_loaded(run, policy: str, what: str) -> None:
+    code, out, err = run("--fate-policy", policy)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert what in err
+
+
+def test_serve_says_that_its_page_is_missing(
+    fake: Library, model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def told(*flags: str) -> bool:
+        assert main(["serve", "-m", str(model), *flags]) == 0
+        return "fate: the web page is not in this build" in capfd.readouterr().err
+
+    monkeypatch.setattr(library, "has_page", lambda: False)
+    assert told()
+    assert main(["serve", "-m", str(model)]) == 0
+    err = capfd.readouterr().err
+    assert err.splitlines()[0].endswith("run `python build.py build --ui` (needs node and npm)")
+    assert not any(told(*flags) for flags in (["--no-ui"], ["--no-webui"], ["--path", "public"]))
+    with monkeypatch.context() as patch:
+        patch.setenv("LLAMA_ARG_UI", "0")
+        assert not told()
+    monkeypatch.setattr(library, "has_page", lambda: True)
+    assert not told()
+
+
 def test_the_warm_up_before_a_reset_leaves_no_trace(run, tmp_path: Path) -> None:
     path = tmp_path / "trace.npz"
     code, _, err = run("--tokens", "8", "--reset", "--fate-record", str(path))
@@ -209,6 +275,17 @@ def test_a_bad_policy_file_is_one_line(run, tmp_path: Path, content: str | None,
         (["run", "-m"], 2, "-m needs a value"),
         (["run", "-m", "none.gguf"], 1, "model none.gguf does not exist"),
         (["bench", "-m", ".,none.gguf"], 1, "model . is a directory"),
+        (["policies", "--foo"], 2, "policies --foo: expected no arguments"),
+        (["verify", "-n", "0"], 3, "-n 0: expected the number of tokens to generate, 1 or more"),
+        (["verify", "--predict", "-1"], 3, "--predict -1: expected the number"),
+        (["verify", "-n"], 3, "-n : expected the number"),
+        (["verify", "--version"], 3, "--version makes llama.cpp print something and end the process"),
+        (["verify", "--list-devices"], 3, "--list-devices makes"),
+        (["verify", "-cl"], 3, "-cl makes"),
+        (["verify", "--cache-list"], 3, "--cache-list makes"),
+        (["verify", "--completion-bash"], 3, "--completion-bash makes"),
+        (["verify", "-t", "1", "-h"], 3, "-h makes"),
+        (["verify", "-t", "1", "--help"], 3, "--help makes"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(

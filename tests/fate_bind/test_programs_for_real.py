@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,9 @@ from typing import Any
 
 import pytest
 
+from fate_bind.errors import EngineError
 from fate_bind.modelfile import EMBEDDED
+from fate_bind.session import Session
 from fate_policy.trace import load
 
 pytestmark = pytest.mark.model
@@ -191,6 +194,52 @@ def test_flags_that_end_the_process(folder: Path, flags: list[str]) -> None:
     """A thread of ours that still ran once turned llama.cpp's exit() into an abort."""
     code, _, err = run(folder, *flags)
     assert code == 0, err
+
+
+@pytest.mark.parametrize("flag", ["-h", "--version", "--list-devices", "--cache-list", "--completion-bash"])
+def test_a_flag_that_ends_the_process_verifies_nothing(folder: Path, flag: str) -> None:
+    """It once ended with 0, which says identical."""
+    code, out, err = run(folder, "verify", "-t", "1", flag)
+    assert (code, out) == (3, "")
+    assert err.count("\n") == 1
+
+
+def test_a_refused_context_ends_with_the_reason(folder: Path) -> None:
+    """The reason was once forgotten before it was asked for."""
+    code, _, err = run(folder, "run", "-t", "1", "--fate-slots", "2000000000")
+    assert code == 1
+    assert err.splitlines()[-1] == (
+        "fate: error: slots: 2000000000 per layer asked for, but the model has 32 experts per layer; "
+        "the maximum is 32"
+    )
+
+
+def test_a_pool_for_everything_is_no_pool(folder: Path) -> None:
+    code, out, err = run(folder, "verify", "-t", "1", "-n", "1", "--fate-slots", "4GiB", "--fate-require")
+    assert (code, out, err) == (2, "not verified: not engaged because all experts resident\n", "")
+
+
+def test_four_threads_in_one_session_are_errors() -> None:
+    """They once ended the process in llama.cpp."""
+    refused: list[str] = []
+
+    def work() -> None:
+        try:
+            for _ in range(20):
+                session.logits([1, 2, 3])
+                session.clear()
+        except EngineError as error:
+            refused.append(str(error))
+
+    with Session(args=["-t", "1"]) as session:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert 1 <= len(refused) <= 3
+        assert all(text.startswith("the session is in use") for text in refused)
+        session.check()
 
 
 def test_wrong_flags_of_bench_end_with_its_own_code(folder: Path) -> None:
