@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections import Counter
 from functools import cache
@@ -31,6 +32,12 @@ def gpu_missing() -> str | None:
     if not active.exists() or '"cuda"' not in active.read_text(encoding="utf-8"):
         return "the active build is not for CUDA: run `python build.py build --backend cuda`"
     return None
+
+
+def pytest_configure() -> None:
+    """Undo an ignored SIGINT, which a run in the background hands down: tests interrupt what they start."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
