@@ -1,0 +1,442 @@
+"""The compiled loops behind `fate_policy.kernels`; numba takes only plain arrays and numbers."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fate_policy.base import BYPASS, NOT_RUN, POOL, STAGED
+from fate_policy.errors import FateError
+
+try:
+    from numba import njit
+except ImportError as error:
+    raise FateError("replay in compiled loops needs numba: run `pip install 'fate[lab]'`") from error
+
+RULES = ("lru", "frequency", "lfru", "table", "optimum")
+LRU, FREQUENCY, LFRU, TABLE, OPTIMUM = range(5)
+COUNTS = (
+    "hits",
+    "misses",
+    "staged",
+    "bypassed",
+    "seed_fills",
+    "evictions",
+    "rows",
+    "rows_all_resident",
+    "admitted",
+)
+HITS, MISSES, STAGED_USES, BYPASSED, SEEDED, EVICTED, ROWS, ROWS_ALL, ADMITTED = range(9)
+_NOW = np.int64(2**62)
+_NEVER = np.float32(np.inf)
+
+
+class Flow(NamedTuple):
+    """What was routed; `next_use` only for the optimum."""
+
+    ids: NDArray[np.int16]
+    bounds: NDArray[np.int64]
+    path: NDArray[np.uint8]
+    cold: NDArray[np.bool_]
+    next_use: NDArray[np.int32]
+
+
+class Rule(NamedTuple):
+    """How is decided; `bonus` float32 (n_layers,), `powers` and `decays` by number of tokens."""
+
+    kind: int
+    whole: bool
+    optional: bool
+    slots: NDArray[np.int64]
+    k: NDArray[np.int64]
+    bonus: NDArray[np.float32]
+    powers: NDArray[np.float64]
+    decays: NDArray[np.float64]
+
+
+class State(NamedTuple):
+    """The pool and what the rule remembers, (n_layers, n_experts) unless said otherwise.
+
+    position : int32: where in `resident` an expert lies; -1 = absent
+    resident, n_resident : int32, and int64 (n_layers,): the experts in slots, in no order
+    pin : int64: the last op that needed the expert
+    clocks : int64 (2 + delay,): uses so far, then those at the start of this step and the steps before
+    """
+
+    position: NDArray[np.int32]
+    resident: NDArray[np.int32]
+    n_resident: NDArray[np.int64]
+    score: NDArray[np.float32]
+    last_use: NDArray[np.int64]
+    uses: NDArray[np.float64]
+    last_token: NDArray[np.int64]
+    pin: NDArray[np.int64]
+    clocks: NDArray[np.int64]
+
+    @classmethod
+    def empty(cls, n_layers: int, n_experts: int, delay: int) -> State:
+        shape = (n_layers, n_experts)
+        return cls(
+            position=np.full(shape, -1, np.int32),
+            resident=np.zeros(shape, np.int32),
+            n_resident=np.zeros(n_layers, np.int64),
+            score=np.zeros(shape, np.float32),
+            last_use=np.zeros(shape, np.int64),
+            uses=np.zeros(shape),
+            last_token=np.zeros(shape, np.int64),
+            pin=np.full(shape, -1, np.int64),
+            clocks=np.zeros(2 + delay, np.int64),
+        )
+
+
+@njit(cache=True, nogil=True)
+def next_uses(ids: Any, bounds: Any, path: Any, seed_rows: Any, n_layers: int, width: int) -> Any:
+    """Return the step of each use's next need of a slot, as `OfflinePolicy.foresee` defines needs."""
+    n_steps = len(bounds) - 1
+    following = np.full((n_layers, width), n_steps, np.int32)
+    out = np.full(ids.shape, n_steps, np.int32)
+    for step in range(n_steps - 1, -1, -1):
+        for layer in range(n_layers):
+            first = _first_need(bounds[step], bounds[step + 1], path, layer, seed_rows[layer])
+            for row in range(first, bounds[step + 1]):
+                for rank in range(ids.shape[2]):
+                    expert = ids[row, layer, rank]
+                    if expert >= 0:
+                        out[row, layer, rank] = following[layer, expert]
+            for row in range(first, bounds[step + 1]):
+                for rank in range(ids.shape[2]):
+                    expert = ids[row, layer, rank]
+                    if expert >= 0:
+                        following[layer, expert] = step
+    return out
+
+
+@njit(cache=True, nogil=True)
+def _path_of(start: int, stop: int, path: Any, layer: int) -> Any:
+    kind = NOT_RUN
+    for row in range(start, stop):
+        kind = max(kind, path[row, layer])
+    return kind
+
+
+@njit(cache=True, nogil=True)
+def _first_need(start: int, stop: int, path: Any, layer: int, seed_rows: int) -> Any:
+    """Return the first row of a step whose experts need slots: past the pool, the last `seed_rows`."""
+    if _path_of(start, stop, path, layer) <= POOL:
+        return start
+    left = seed_rows
+    for row in range(stop - 1, start - 1, -1):
+        if path[row, layer] != NOT_RUN:
+            left -= 1
+            if left == 0:
+                return row
+    return start
+
+
+@njit(cache=True, nogil=True)
+def _key(
+    layer: int,
+    expert: int,
+    used_now: bool,
+    published: Any,
+    token: int,
+    kind: int,
+    bonus: Any,
+    score: Any,
+    last_use: Any,
+    uses: Any,
+    last_token: Any,
+) -> Any:
+    """Return the first part of the key by which an expert stays."""
+    if kind == FREQUENCY:
+        value = np.float32(uses[layer, expert])
+    elif kind == LFRU:
+        value = np.float32(uses[layer, expert] / (token - last_token[layer, expert] + 1))
+    else:
+        value = score[layer, expert]
+    if used_now or (published >= 0 and last_use[layer, expert] > published):
+        value = np.float32(value + bonus[layer])
+    return value
+
+
+@njit(cache=True, nogil=True)
+def _least(
+    layer: int,
+    op: int,
+    spare: bool,
+    published: Any,
+    token: int,
+    kind: int,
+    bonus: Any,
+    resident: Any,
+    n_resident: Any,
+    pin: Any,
+    score: Any,
+    last_use: Any,
+    uses: Any,
+    last_token: Any,
+) -> Any:
+    """Return where the least resident of a layer lies, or -1, with its key.
+
+    What the op at hand needs is left out, or with `spare` taken as used already.
+    """
+    found, key, age, least = -1, _NEVER, _NOW, -1
+    for i in range(n_resident[layer]):
+        expert = resident[layer, i]
+        pinned = pin[layer, expert] == op
+        if pinned and not spare:
+            continue
+        if kind == LRU:
+            value = np.float32(0)
+        else:
+            value = _key(
+                layer, expert, pinned, published, token, kind, bonus, score, last_use, uses, last_token
+            )
+            if value > key:
+                continue
+        used = np.int64(0) if kind == OPTIMUM else _NOW if pinned else last_use[layer, expert]
+        if found < 0 or value < key or used < age or (used == age and expert < least):
+            found, key, age, least = i, value, used, expert
+    return found, key, age
+
+
+@njit(cache=True, nogil=True)
+def _count_frequencies(start: int, stop: int, flow: Flow, rule: Rule, state: State) -> None:
+    n_layers, width = state.position.shape
+    n = stop - start
+    added = np.zeros(width)
+    for layer in range(n_layers):
+        if rule.decays[n] != 1:
+            for expert in range(width):
+                state.uses[layer, expert] *= rule.decays[n]
+        if n > 1:
+            added[:] = 0
+        for row in range(start, stop):
+            for rank in range(flow.ids.shape[2]):
+                expert = flow.ids[row, layer, rank]
+                if expert >= 0:
+                    state.last_token[layer, expert] = row + 1
+                    if n == 1:
+                        state.uses[layer, expert] += 1
+                    else:
+                        added[expert] += rule.powers[stop - 1 - row]
+        if n > 1:
+            for expert in range(width):
+                state.uses[layer, expert] += added[expert]
+
+
+@njit(cache=True, nogil=True)
+def _stamp(start: int, stop: int, layer: int, clock: int, ids: Any, last_use: Any) -> Any:
+    """Give every use its time and return how many there are."""
+    n_uses = 0
+    for row in range(start, stop):
+        for rank in range(ids.shape[2] - 1, -1, -1):
+            expert = ids[row, layer, rank]
+            if expert >= 0:
+                n_uses += 1
+                last_use[layer, expert] = clock + n_uses
+    return n_uses
+
+
+@njit(cache=True, nogil=True)
+def _remove(layer: int, at: int, position: Any, resident: Any, n_resident: Any) -> None:
+    position[layer, resident[layer, at]] = -1
+    n_resident[layer] -= 1
+    last = resident[layer, n_resident[layer]]
+    if at < n_resident[layer]:
+        resident[layer, at] = last
+        position[layer, last] = at
+
+
+@njit(cache=True, nogil=True)
+def _insert(layer: int, expert: int, position: Any, resident: Any, n_resident: Any) -> None:
+    position[layer, expert] = n_resident[layer]
+    resident[layer, n_resident[layer]] = expert
+    n_resident[layer] += 1
+
+
+@njit(cache=True, nogil=True)
+def run(
+    begin: int,
+    end: int,
+    fresh: bool,
+    flow: Flow,
+    rule: Rule,
+    state: State,
+    tables: Any,
+    counts: Any,
+    missed_rows: Any,
+) -> None:
+    """Take the steps from `begin` up to `end`; `tables[i]` is in force in step begin + i.
+
+    `fresh`: scores were published between these steps; otherwise the last publication stays the last.
+    """
+    # Taken apart once: a helper that is given a whole tuple costs more than its work.
+    ids, bounds, path, cold, next_use = flow
+    decides, whole, optional, slots, k, bonus, _, _ = rule
+    position, resident, n_resident, score, last_use, uses, last_token, pin, clocks = state
+    n_layers, width = position.shape
+    capacity = slots.sum()
+    total = n_resident.sum()
+    changing = decides in (FREQUENCY, LFRU, TABLE)
+    pin[:] = -1
+    kinds = np.zeros(n_layers, np.int64)
+    seen = np.full((n_layers, width), -1, np.int64)
+    op = 0
+    absent = np.empty(width, np.int64)
+    keys = np.empty(width, np.float32)
+    # The least resident of each layer, where known: a pool of the whole model has many layers to look at.
+    known = np.zeros(n_layers, np.bool_)
+    known_at = np.zeros(n_layers, np.int64)
+    known_key = np.zeros(n_layers, np.float32)
+    known_age = np.zeros(n_layers, np.int64)
+    for step in range(begin, end):
+        start, stop = bounds[step], bounds[step + 1]
+        if cold[step]:
+            position[:] = -1
+            n_resident[:] = 0
+            total = 0
+        if fresh:
+            clocks[2:] = clocks[1:-1].copy()
+            clocks[1] = clocks[0]
+        if decides == TABLE:
+            score[:] = tables[step - begin]
+        if changing:
+            known[:] = False
+        for layer in range(n_layers):
+            kinds[layer] = _path_of(start, stop, path, layer)
+        for seeding in (False, True):
+            # -1 = nothing can have been used since the publication
+            published = clocks[-1] if seeding or len(clocks) > 2 or not fresh else np.int64(-1)
+            for layer in range(n_layers):
+                kind = kinds[layer]
+                if kind == NOT_RUN or (seeding and kind == POOL):
+                    continue
+                if seeding or kind == POOL:
+                    first = start
+                    if seeding:
+                        first = _first_need(start, stop, path, layer, slots[layer] // k[layer])
+                    op += 1
+                    n_absent = 0
+                    n_hits = 0
+                    for row in range(first, stop):
+                        n_missed = 0
+                        ran = False
+                        for rank in range(ids.shape[2] - 1, -1, -1):
+                            expert = ids[row, layer, rank]
+                            if expert < 0:
+                                continue
+                            ran = True
+                            if position[layer, expert] < 0 and seen[layer, expert] != op:
+                                seen[layer, expert] = op
+                                absent[n_absent] = expert
+                                n_absent += 1
+                                n_missed += 1
+                            else:
+                                n_hits += 1
+                            pin[layer, expert] = op
+                            if decides == OPTIMUM:
+                                score[layer, expert] = -next_use[row, layer, rank]
+                        if ran and not seeding:
+                            counts[layer, ROWS] += 1
+                            if n_missed == 0:
+                                counts[layer, ROWS_ALL] += 1
+                            elif len(missed_rows):
+                                missed_rows[row, layer] = n_missed
+                    if seeding:
+                        counts[layer, SEEDED] += n_absent
+                    else:
+                        counts[layer, HITS] += n_hits
+                        counts[layer, MISSES] += n_absent
+                    choosy = optional and not seeding
+                    if choosy:  # the best first
+                        for i in range(n_absent):
+                            expert = absent[i]
+                            value = _key(
+                                layer,
+                                expert,
+                                True,
+                                published,
+                                start,
+                                decides,
+                                bonus,
+                                score,
+                                last_use,
+                                uses,
+                                last_token,
+                            )
+                            j = i
+                            while j > 0 and keys[j - 1] < value:
+                                keys[j], absent[j] = keys[j - 1], absent[j - 1]
+                                j -= 1
+                            keys[j], absent[j] = value, expert
+                    for i in range(n_absent):
+                        full = total >= capacity if whole else n_resident[layer] >= slots[layer]
+                        if full:
+                            at, key, age = _least(
+                                layer,
+                                op,
+                                choosy,
+                                published,
+                                start,
+                                decides,
+                                bonus,
+                                resident,
+                                n_resident,
+                                pin,
+                                score,
+                                last_use,
+                                uses,
+                                last_token,
+                            )
+                            home = layer if at >= 0 else -1
+                            for other in range(n_layers if whole else 0):
+                                if other == layer or n_resident[other] == 0:
+                                    continue
+                                if not known[other]:
+                                    known_at[other], known_key[other], known_age[other] = _least(
+                                        other,
+                                        op,
+                                        False,
+                                        published,
+                                        start,
+                                        decides,
+                                        bonus,
+                                        resident,
+                                        n_resident,
+                                        pin,
+                                        score,
+                                        last_use,
+                                        uses,
+                                        last_token,
+                                    )
+                                    known[other] = True
+                                if (
+                                    home < 0
+                                    or known_key[other] < key
+                                    or (known_key[other] == key and known_age[other] < age)
+                                ):
+                                    home, at = other, known_at[other]
+                                    key, age = known_key[other], known_age[other]
+                            if choosy and (keys[i] < key or (keys[i] == key and age == _NOW)):
+                                break
+                            _remove(home, at, position, resident, n_resident)
+                            known[home] = False
+                            total -= 1
+                            counts[home, EVICTED] += 1
+                        _insert(layer, absent[i], position, resident, n_resident)
+                        total += 1
+                        if not seeding:
+                            counts[layer, ADMITTED] += 1
+                if not seeding:
+                    n_uses = _stamp(start, stop, layer, clocks[0], ids, last_use)
+                    clocks[0] += n_uses
+                    if kind == STAGED:
+                        counts[layer, STAGED_USES] += n_uses
+                    elif kind == BYPASS:
+                        counts[layer, BYPASSED] += n_uses
+                known[layer] = False
+        if decides in (FREQUENCY, LFRU):
+            _count_frequencies(start, stop, flow, rule, state)
