@@ -15,6 +15,8 @@ try:
 except ImportError as error:
     raise FateError("replay in compiled loops needs numba: run `pip install 'fate[lab]'`") from error
 
+compiled = njit(cache=True, nogil=True)
+
 RULES = ("lru", "frequency", "lfru", "table", "optimum")
 LRU, FREQUENCY, LFRU, TABLE, OPTIMUM = range(5)
 COUNTS = (
@@ -91,7 +93,7 @@ class State(NamedTuple):
         )
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def next_uses(ids: Any, bounds: Any, path: Any, seed_rows: Any, n_layers: int, width: int) -> Any:
     """Return the step of each use's next need of a slot, as `OfflinePolicy.foresee` defines needs."""
     n_steps = len(bounds) - 1
@@ -113,7 +115,7 @@ def next_uses(ids: Any, bounds: Any, path: Any, seed_rows: Any, n_layers: int, w
     return out
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _path_of(start: int, stop: int, path: Any, layer: int) -> Any:
     kind = NOT_RUN
     for row in range(start, stop):
@@ -121,7 +123,7 @@ def _path_of(start: int, stop: int, path: Any, layer: int) -> Any:
     return kind
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _first_need(start: int, stop: int, path: Any, layer: int, seed_rows: int) -> Any:
     """Return the first row of a step whose experts need slots: past the pool, the last `seed_rows`."""
     if _path_of(start, stop, path, layer) <= POOL:
@@ -135,7 +137,7 @@ def _first_need(start: int, stop: int, path: Any, layer: int, seed_rows: int) ->
     return start
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _key(
     layer: int,
     expert: int,
@@ -161,7 +163,7 @@ def _key(
     return value
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _least(
     layer: int,
     op: int,
@@ -202,7 +204,7 @@ def _least(
     return found, key, age
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _count_frequencies(start: int, stop: int, flow: Flow, rule: Rule, state: State) -> None:
     n_layers, width = state.position.shape
     n = stop - start
@@ -227,7 +229,7 @@ def _count_frequencies(start: int, stop: int, flow: Flow, rule: Rule, state: Sta
                 state.uses[layer, expert] += added[expert]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _stamp(start: int, stop: int, layer: int, clock: int, ids: Any, last_use: Any) -> Any:
     """Give every use its time and return how many there are."""
     n_uses = 0
@@ -240,7 +242,7 @@ def _stamp(start: int, stop: int, layer: int, clock: int, ids: Any, last_use: An
     return n_uses
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _remove(layer: int, at: int, position: Any, resident: Any, n_resident: Any) -> None:
     position[layer, resident[layer, at]] = -1
     n_resident[layer] -= 1
@@ -250,14 +252,14 @@ def _remove(layer: int, at: int, position: Any, resident: Any, n_resident: Any) 
         position[layer, last] = at
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _insert(layer: int, expert: int, position: Any, resident: Any, n_resident: Any) -> None:
     position[layer, expert] = n_resident[layer]
     resident[layer, n_resident[layer]] = expert
     n_resident[layer] += 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def run(
     begin: int,
     end: int,

@@ -46,7 +46,7 @@ def replay(
         policy = registry.get(policy)()
     geometry = geometry_of(trace, n_slots)
     mode = choice("mode", "table" if mode is None else mode, ("table", "callback"))
-    path = _paths(trace, geometry)
+    path = paths(trace, geometry)
     if isinstance(policy, OfflinePolicy):
         mode = "callback"
         policy.foresee(*_needs(trace, geometry, path))
@@ -183,7 +183,7 @@ def _seeding_rows(path: NDArray[np.uint8], geometry: Geometry, layer: int) -> ND
     return np.flatnonzero(path != NOT_RUN)[-(geometry.n_slots[layer] // geometry.k[layer]) :]
 
 
-def _paths(trace: Trace, geometry: Geometry) -> NDArray[np.uint8]:
+def paths(trace: Trace, geometry: Geometry) -> NDArray[np.uint8]:
     """Return the path of every token and layer with the slots of `geometry`.
 
     A step that fitted its recorded slots and still went past the pool met another limit, and keeps its path.

@@ -1,0 +1,357 @@
+"""Policies x capacities x traces in one table: what `fate replay` prints."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from fate_policy import checks, config, data, registry
+from fate_policy import trace as traces
+from fate_policy.base import POOL, Geometry, OfflinePolicy, Policy, Step
+from fate_policy.belady import Belady
+from fate_policy.config import Slots
+from fate_policy.driver import Driver, policy_name
+from fate_policy.errors import PolicyConfigError, TraceError
+from fate_policy.frequency import Frequency
+from fate_policy.kernels import Result, Routing, Simulation
+from fate_policy.lru import LRU
+from fate_policy.replay import geometry_of, paths, replay
+from fate_policy.timeline import Machine, timeline
+from fate_policy.trace import Trace
+
+ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "lfu": ("frequency", {"half_life_tokens": 1e30}),
+    "lfru": ("frequency", {"lfru": True}),
+    "optimum": ("belady", {}),
+}
+"""Names of `fate replay` beside those of the registry: all-time counts, decayed count / age, the optimum."""
+
+LINK_GB_S = 50.0
+COLUMNS = (
+    "trace",
+    "policy",
+    "capacity",
+    "pool",
+    "admission",
+    "hit_rate",
+    "all_resident",
+    "fills_per_token",
+    "admitted_per_token",
+    "bytes_per_token",
+    "transfer_ms_per_token",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row to be: plain values, so that it travels to any worker."""
+
+    trace: str | Trace
+    name: str
+    policy: str
+    capacity: str
+    pool: str = "layer"
+    admission: str = "forced"
+    cold: bool = False
+    expert_bytes: int | None = None
+    link_gb_s: float = LINK_GB_S
+    resident_tokens_s: float | None = None
+
+
+def compare(
+    routed: Iterable[str | Path | Trace],
+    policies: Sequence[str] = ("lru", "frequency", "optimum"),
+    capacities: Sequence[str | int] = ("25%", "50%"),
+    *,
+    pool: str = "layer",
+    admission: str = "forced",
+    cold: bool = False,
+    expert_bytes: int | None = None,
+    link_gb_s: float = LINK_GB_S,
+    resident_tokens_s: float | None = None,
+    folder: str | Path | None = None,
+    n_jobs: int | None = None,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Replay every policy at every capacity on every trace; return a row for each, in that order.
+
+    Parameters
+    ----------
+    routed
+        Traces, or their paths or names (see `fate_policy.data.find`; `folder` is where names are looked for).
+    policies
+        As `make` reads them: "lru", "frequency:half_life_tokens=64", "lfu", "optimum", "mine.yaml" ...
+    capacities
+        Slots as in a configuration ("25%", 8, "4GiB"), or a .yaml file whose `slots` are taken.
+    cold
+        Empty the cache at each prompt.
+    expert_bytes
+        Bytes of one expert. None: what the trace says, or is known of its model.
+    resident_tokens_s
+        Speed with all experts resident; rows then tell `of_resident`, the share of it that
+        `fate_policy.timeline` expects.
+    n_jobs
+        Workers, as joblib takes them. None: one, or those of a `joblib.parallel_config` around the call,
+        which may be a Dask or Ray cluster; its workers open traces given by path themselves.
+    """
+    named = [_named(item, folder) for item in routed]
+    for policy in policies:
+        make(policy)
+    jobs = [
+        Job(
+            where,
+            name,
+            policy,
+            str(capacity),
+            pool,
+            admission,
+            cold,
+            expert_bytes,
+            link_gb_s,
+            resident_tokens_s,
+        )
+        for where, name in named
+        for capacity in capacities
+        for policy in policies
+    ]
+    return list(_bar(_run(jobs, n_jobs), len(jobs), progress))
+
+
+def make(spec: str) -> Policy:
+    """Construct the policy that a name means, with parameters after a colon: "NAME:KEY=VALUE+KEY=VALUE".
+
+    A .yaml file is read as `fate run` does; beside the registry's names there are those of `ALIASES`.
+    """
+    if spec.endswith((".yaml", ".yml")):
+        return config.make_policy(config.load(spec))
+    name, _, tail = spec.rpartition(":")
+    if "=" not in tail:
+        name, tail = spec, ""
+    params: dict[str, Any] = {}
+    if name in ALIASES:
+        name, params = ALIASES[name][0], dict(ALIASES[name][1])
+    known = registry.params_of(registry.get(name)) if tail else {}
+    for item in filter(None, tail.split("+")):
+        key, _, value = item.partition("=")
+        if key not in known:
+            raise checks.unknown_name(f"parameter of policy {name}:", key, known)
+        params[key] = yaml.safe_load(value)
+    return registry.get(name)(**params)
+
+
+def replay_policy(
+    trace: Trace,
+    policy: Policy,
+    n_slots: Any,
+    *,
+    pool: str = "layer",
+    admission: str = "forced",
+    cold: bool = False,
+    detail: bool = False,
+) -> Result:
+    """Replay any policy: the built-in rules in compiled loops, others by asking them after every step.
+
+    What the engine has too (pool "layer", admission "forced", warm) counts as `replay` does, with sync: true.
+    A policy that names victims but has no scores works only there.
+    """
+    geometry = geometry_of(trace, n_slots)
+    routing = Routing.of_trace(trace, paths(trace, geometry))
+    rule = _rule(policy)
+    asks = rule is None and _only_names_victims(policy)
+    if asks:
+        if (pool, admission, cold, detail) != ("layer", "forced", False, False):
+            raise PolicyConfigError(
+                f"policy {policy_name(policy)} has no scores, so it can be replayed only with pool layer, "
+                "admission forced and warm"
+            )
+        counters = replay(trace, policy, n_slots=geometry.n_slots, mode="callback")
+        return Result(counters, int(counters.fills.sum()))
+    options: dict[str, Any] = {"pool": pool, "admission": admission, "cold": cold, "detail": detail}
+    simulation = Simulation(routing, geometry.n_slots, **(rule or {"rule": "table"}), **options)
+    if rule is None:
+        _drive(trace, policy, geometry, simulation)
+    else:
+        simulation.run()
+    return simulation.result(geometry.expert_bytes)
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Return the row of a job."""
+    trace = _load(job.trace) if isinstance(job.trace, str) else job.trace
+    size = _expert_bytes(trace, job.expert_bytes)
+    slots = _slots(trace, job.capacity, size)
+    started = time.perf_counter()
+    result = replay_policy(
+        trace,
+        make(job.policy),
+        slots,
+        pool=job.pool,
+        admission=job.admission,
+        cold=job.cold,
+        detail=job.resident_tokens_s is not None,
+    )
+    seconds = time.perf_counter() - started
+    counters = result.counters
+    n_tokens = max(counters.tokens, 1)
+    rows = int(counters.rows.sum())
+    moved = None if size is None else int((counters.fills * size).sum()) / n_tokens
+    row = {
+        "trace": job.name,
+        "policy": job.policy,
+        "capacity": job.capacity,
+        "pool": job.pool,
+        "admission": job.admission,
+        "hit_rate": counters.hit_rate,
+        "all_resident": int(counters.rows_all_resident.sum()) / rows if rows else float("nan"),
+        "fills_per_token": int(counters.fills.sum()) / n_tokens,
+        "admitted_per_token": result.admitted / n_tokens,
+        "bytes_per_token": moved,
+        "transfer_ms_per_token": None if moved is None else moved / job.link_gb_s / 1e6,
+        "cold": job.cold,
+        "slots": slots.tolist(),
+        "tokens": counters.tokens,
+        "link_gb_s": job.link_gb_s,
+        "seconds": seconds,
+    }
+    if job.resident_tokens_s is not None:
+        if size is None or result.missed is None:
+            raise TraceError(f"trace {job.name} does not tell an expert's bytes; give them")
+        machine = Machine.of_speed(job.resident_tokens_s, job.link_gb_s, size)
+        row["of_resident"] = timeline(result.missed, machine).of_resident
+    return row
+
+
+def _named(item: str | Path | Trace, folder: str | Path | None) -> tuple[str | Trace, str]:
+    if isinstance(item, Trace):
+        return item, str(item.meta.get("name", item.meta.get("model", "trace")))
+    path = data.find(item, folder)
+    return str(path.resolve()), path.stem
+
+
+@functools.lru_cache(maxsize=2)
+def _load(path: str) -> Trace:
+    return traces.load(path)
+
+
+def _expert_bytes(trace: Trace, given: int | None) -> NDArray[np.int64] | None:
+    size: Any = given or trace.meta.get("expert_bytes") or data.EXPERT_BYTES.get(trace.meta.get("model", ""))
+    return None if size is None else np.broadcast_to(np.array(size, np.int64), trace.n_layers)
+
+
+def _slots(trace: Trace, capacity: str, size: NDArray[np.int64] | None) -> NDArray[np.int32]:
+    if capacity.endswith((".yaml", ".yml")):
+        slots = config.load(capacity).slots
+    else:
+        slots = Slots.parse(int(capacity) if capacity.isdecimal() else capacity)
+    if slots.kind == "bytes" and size is None:
+        raise TraceError(f"capacity {capacity}: the trace does not tell an expert's bytes; give them")
+    meta = trace.meta
+    return slots.resolve(meta["n_experts"], meta["k"], np.zeros(trace.n_layers) if size is None else size)
+
+
+def _rule(policy: Policy) -> dict[str, Any] | None:
+    """Return the loops' own form of a built-in policy, or None."""
+    kind = type(policy)
+    if kind is LRU or kind is Policy:
+        return {"rule": "lru"}
+    if kind is Belady:
+        return {"rule": "optimum"}
+    if isinstance(policy, Frequency) and kind is Frequency:
+        return {"rule": "lfru" if policy.lfru else "frequency", "half_life": policy.half_life_tokens}
+    return None
+
+
+def _only_names_victims(policy: Policy) -> bool:
+    kind = type(policy)
+    names = kind.victims is not Policy.victims
+    return isinstance(policy, OfflinePolicy) or (names and kind.scores is Policy.scores)
+
+
+def _drive(trace: Trace, policy: Policy, geometry: Geometry, simulation: Simulation) -> None:
+    """Take the steps one by one and ask the policy in between, as the engine's binding does."""
+    driver = Driver(policy, geometry, "table", replay=True)
+    shape = (1, geometry.n_layers, geometry.max_experts)
+    scores, bonus, fresh = np.zeros(shape, np.float32), np.zeros(geometry.n_layers, np.float32), True
+    bounds = trace.step_bounds().tolist()
+    path = simulation.routing.path
+    resident = simulation.resident
+    for step, (start, stop) in enumerate(pairwise(bounds)):
+        if simulation.cold and simulation.routing.starts[step]:
+            resident = np.zeros_like(resident)
+        simulation.run(step + 1, scores, bonus, fresh)
+        now = simulation.resident
+        driver.observe(_step(trace, start, stop, path[start:stop], resident, now))
+        resident = now
+        published = driver.publish()
+        fresh = published is not None
+        if published is not None:
+            scores, bonus = published[0][None], published[1]
+
+
+def _step(
+    trace: Trace,
+    start: int,
+    stop: int,
+    path: NDArray[np.uint8],
+    before: NDArray[np.bool_],
+    after: NDArray[np.bool_],
+) -> Step:
+    ids = trace.experts(start, stop)
+    ids[path == 0] = -1
+    hits = np.zeros(ids.shape, np.uint8)
+    token, layer, rank = np.nonzero((ids >= 0) & (path == POOL)[:, :, None])
+    expert = ids[token, layer, rank]
+    hits[token, layer, rank] = before[layer, expert]
+    if stop - start > 1:  # within a step an absent expert's first use is a miss, its later uses are hits
+        order = np.lexsort((-rank, token))
+        token, layer, rank, expert = token[order], layer[order], rank[order], expert[order]
+        _, first = np.unique(layer * before.shape[1] + expert, return_index=True)
+        later = np.ones(len(token), np.bool_)
+        later[first] = False
+        hits[token[later], layer[later], rank[later]] = 1
+    weights = None if trace.weights is None else trace.weights[start:stop].astype(np.float32)
+    return Step(
+        ids=ids,
+        path=path,
+        weights=weights,
+        tokens=trace.token_id[start:stop],
+        positions=trace.position[start:stop],
+        sequences=trace.sequence[start:stop],
+        hits=hits,
+        fills=np.argwhere(after & ~before).astype(np.int32),
+        evictions=np.argwhere(before & ~after).astype(np.int32),
+    )
+
+
+def _run(jobs: list[Job], n_jobs: int | None) -> Iterator[dict[str, Any]]:
+    """Yield the rows in order: here, or as soon as they are there from joblib's workers."""
+    import joblib
+
+    parallel = joblib.Parallel(n_jobs=n_jobs)
+    if n_jobs == 1 or (n_jobs is None and parallel.n_jobs in (None, 1)):
+        yield from map(run_job, jobs)
+        return
+    if getattr(parallel._backend, "supports_return_generator", False):
+        parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator")
+    yield from cast("Iterable[dict[str, Any]]", parallel(joblib.delayed(run_job)(job) for job in jobs))
+
+
+def _bar(rows: Iterator[dict[str, Any]], total: int, shown: bool) -> Iterator[dict[str, Any]]:
+    width = 30
+    for done, row in enumerate(rows, start=1):
+        if shown:
+            full = width * done // total
+            print(f"\r[{'#' * full:<{width}}] {done}/{total}", end="", file=sys.stderr, flush=True)
+        yield row
+    if shown:
+        print("\r" + " " * (width + 20) + "\r", end="", file=sys.stderr, flush=True)
