@@ -13,7 +13,7 @@ from itertools import pairwise
 from fate_bind import library, options, placement, programs, stats
 from fate_bind.errors import FateError, UsageError
 from fate_bind.verify import verify
-from fate_policy import registry
+from fate_policy import cli, registry
 
 _OURS = {
     "verify": "compare every logit with and without the pool, bit for bit",
@@ -54,16 +54,18 @@ def _dispatch(args: list[str]) -> int:
         return 0
     if command == "verify":
         return _verify(rest)
+    if command in cli.COMMANDS:
+        return cli.main(command, rest)
     if command in programs.PROGRAMS:
         return programs.run(command, rest)
-    known = [*programs.PROGRAMS, *_OURS]
+    known = [*programs.PROGRAMS, *_OURS, *cli.COMMANDS]
     near = difflib.get_close_matches(command, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
     raise UsageError(f"unknown command {command!r}; {hint}")
 
 
 def _usage() -> str:
-    commands = {name: program.does for name, program in programs.PROGRAMS.items()} | _OURS
+    commands = {name: program.does for name, program in programs.PROGRAMS.items()} | _OURS | cli.COMMANDS
     lines = ["usage: fate COMMAND [--fate-* flags] [llama.cpp's flags]", ""]
     lines += [f"  {name:<12} {does}" for name, does in commands.items()]
     lines += ["  --version    print what is installed", "", "flags of every command that runs a model:", ""]

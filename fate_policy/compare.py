@@ -219,6 +219,7 @@ def run_job(job: Job) -> dict[str, Any]:
         "transfer_ms_per_token": None if moved is None else moved / job.link_gb_s / 1e6,
         "cold": job.cold,
         "slots": slots.tolist(),
+        "share": int(slots.sum()) / sum(trace.meta["n_experts"]),
         "tokens": counters.tokens,
         "link_gb_s": job.link_gb_s,
         "seconds": seconds,

@@ -1,0 +1,263 @@
+"""The lab's commands: `fate replay`, `fate report`, `fate plan`. None needs the native library."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fate_policy import data
+from fate_policy.config import Slots
+from fate_policy.errors import FateError, PolicyConfigError, TraceError
+
+COMMANDS = {
+    "replay": "replay routing traces: policies x capacities x traces in one table",
+    "report": "write one HTML page about a trace",
+    "plan": "share a memory budget out over the layers",
+}
+
+_Rows = Sequence[Mapping[str, Any]]
+
+
+def main(command: str, argv: Sequence[str]) -> int:
+    """Run one of COMMANDS and return its exit code; errors are `FateError`s."""
+    parser = argparse.ArgumentParser(f"fate {command}", description=COMMANDS[command] + ".")
+    arguments, run = _PARTS[command]
+    arguments(parser)
+    return run(parser.parse_args(list(argv)))
+
+
+def size(text: str) -> int:
+    """Read bytes: 13253760, 2.7MB, 4GiB."""
+    try:
+        slots = Slots.parse(text if not text.isdecimal() else f"{text}B")
+    except PolicyConfigError:
+        slots = Slots("none")
+    if slots.kind != "bytes":
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 13253760, 2.7MB or 4GiB")
+    return int(slots.values[0])
+
+
+def listed(text: str) -> list[str]:
+    """Read "a,b,c"."""
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def add_traces(parser: argparse.ArgumentParser, *, several: bool = True) -> None:
+    """Add TRACE and --traces to a command."""
+    parser.add_argument(
+        "trace",
+        nargs="+" if several else None,
+        metavar="TRACE",
+        help="a recorded trace, or a name such as gptoss20b_stem",
+    )
+    parser.add_argument(
+        "--traces",
+        metavar="DIR",
+        help=f"folder in which names are looked for (default: {data.FOLDER_VARIABLE})",
+    )
+
+
+def add_expert_bytes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--expert-bytes",
+        type=size,
+        metavar="SIZE",
+        help="size of one expert (default: as the trace tells, or is known of its model)",
+    )
+
+
+def _replay_arguments(parser: argparse.ArgumentParser) -> None:
+    add_traces(parser)
+    parser.add_argument(
+        "--policy",
+        type=listed,
+        default=["lru", "frequency", "optimum"],
+        metavar="NAME,...",
+        help="as `fate policies` lists them, with parameters as in frequency:half_life_tokens=64+lfru=true; "
+        "lfu (all-time counts), lfru, optimum; a .yaml file; default: lru,frequency,optimum",
+    )
+    parser.add_argument(
+        "--capacity",
+        type=listed,
+        default=["12.5%", "25%", "50%", "75%"],
+        metavar="SLOTS,...",
+        help="25%%, 8, 4GiB, or a .yaml file with slots; default: 12.5%%,25%%,50%%,75%%",
+    )
+    parser.add_argument("--pool", choices=("layer", "global"), default="layer")
+    parser.add_argument("--admission", choices=("forced", "optional"), default="forced")
+    parser.add_argument("--cold", action="store_true", help="empty the cache at each prompt")
+    add_expert_bytes(parser)
+    parser.add_argument(
+        "--link", type=float, default=50.0, metavar="GB/S", help="speed of the link (default: 50)"
+    )
+    parser.add_argument(
+        "--resident",
+        type=float,
+        metavar="TOKENS/S",
+        help="speed with all experts resident; adds the share of it that is left",
+    )
+    parser.add_argument("--format", choices=("text", "json", "csv"), default="text")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw hit rate against capacity, with the optimum's curves"
+    )
+    parser.add_argument("-j", "--jobs", type=int, default=1, metavar="N", help="workers; -1 = all cores")
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from fate_policy.compare import compare
+
+    if not args.link > 0:
+        raise FateError(f"--link {args.link}: expected a number of GB/s greater than 0")
+    common: dict[str, Any] = {
+        "pool": args.pool,
+        "cold": args.cold,
+        "expert_bytes": args.expert_bytes,
+        "link_gb_s": args.link,
+        "resident_tokens_s": args.resident,
+        "folder": args.traces,
+        "n_jobs": args.jobs,
+        "progress": sys.stderr.isatty(),
+    }
+    rows = compare(args.trace, args.policy, args.capacity, admission=args.admission, **common)
+    print_rows(rows, args.format, _columns(rows))
+    if args.plot is not None:
+        from fate_policy.plots import save_rates
+
+        bounds = [
+            row
+            for admission in ("forced", "optional")
+            if (args.admission, "optimum" in args.policy) != (admission, True)
+            for row in compare(args.trace, ["optimum"], args.capacity, admission=admission, **common)
+        ]
+        save_rates([*rows, *bounds], args.plot)
+    return 0
+
+
+def _columns(rows: _Rows) -> list[str]:
+    from fate_policy.compare import COLUMNS
+
+    return [*COLUMNS, *(name for name in ("of_resident",) if rows and name in rows[0])]
+
+
+def print_rows(rows: _Rows, form: str, columns: Sequence[str]) -> None:
+    """Print rows as text or csv with these columns, or as json with all."""
+    if form == "json":
+        json.dump(list(rows), sys.stdout, indent=2)
+        print()
+    elif form == "csv":
+        writer = csv.DictWriter(sys.stdout, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        cells = [list(columns), *([_cell(row[name]) for name in columns] for row in rows)]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+        words = [not rows or isinstance(rows[0][name], str) for name in columns]
+        for row in cells:
+            parts = zip(row, widths, words, strict=True)
+            print("  ".join(f"{t:<{w}}" if left else f"{t:>{w}}" for t, w, left in parts).rstrip())
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return (
+            f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}" if value < 1e6 else f"{value / 1e6:.2f}M"
+        )
+    return str(value)
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    add_traces(parser, several=False)
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: NAME.html here")
+    parser.add_argument(
+        "--budget",
+        default="50%",
+        metavar="SIZE",
+        help="for the recommended slots: 4GiB or 25%%; default: 50%%",
+    )
+    add_expert_bytes(parser)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from fate_policy import report, trace
+
+    path = data.find(args.trace, args.traces)
+    output = args.output or Path(f"{path.stem}.html")
+    report.write(trace.load(path), output, path.stem, args.budget, args.expert_bytes)
+    print(f"wrote {output}")
+    return 0
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trace", nargs="+", required=True, metavar="TRACE", help="what it is solved on; a file or a name"
+    )
+    parser.add_argument(
+        "--test",
+        nargs="+",
+        default=[],
+        metavar="TRACE",
+        help="what its gain is shown on (default: it is solved on the first half of the prompts of each "
+        "trace, and shown on the second)",
+    )
+    parser.add_argument("--traces", metavar="DIR", help="folder in which names are looked for")
+    parser.add_argument("--budget", required=True, metavar="SIZE", help="4GiB, or 25%% of all experts")
+    parser.add_argument("--policy", default="lru", metavar="NAME", help="whose hits count; default: lru")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: the YAML is printed")
+    parser.add_argument("--format", choices=("text", "json", "csv"), default="text", help="of the gain")
+    add_expert_bytes(parser)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from fate_policy import trace
+    from fate_policy.plan import gain, plan
+
+    solved_on = [
+        (path.stem, trace.load(path)) for path in (data.find(name, args.traces) for name in args.trace)
+    ]
+    shown_on = [
+        (path.stem, trace.load(path)) for path in (data.find(name, args.traces) for name in args.test)
+    ]
+    if not shown_on:
+        halves = [(name, *halved(name, whole)) for name, whole in solved_on]
+        solved_on = [(f"{name} (first half)", first) for name, first, _ in halves]
+        shown_on = [(f"{name} (second half)", second) for name, _, second in halves]
+    meta = solved_on[0][1].meta
+    size = args.expert_bytes or meta.get("expert_bytes") or data.EXPERT_BYTES.get(meta.get("model", ""))
+    if size is None:
+        raise TraceError(f"trace {solved_on[0][0]} does not tell an expert's bytes; give --expert-bytes")
+    solved = plan([routed for _, routed in solved_on], args.budget, size, args.policy)
+    text = solved.yaml(args.policy.partition(":")[0], [name for name, _ in solved_on])
+    rows = gain(solved, shown_on, [args.policy])
+    if args.output is None:
+        print(text, file=sys.stdout if args.format == "text" else sys.stderr)
+    else:
+        try:
+            args.output.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise FateError(f"plan {args.output} cannot be written: {error}") from error
+    print_rows(rows, args.format, ("trace", "policy", "equal", "planned"))
+    return 0
+
+
+def halved(name: str, routed: Any) -> tuple[Any, Any]:
+    """Return the first and the second half of a trace's prompts."""
+    starts = routed.prompt_start
+    if len(starts) < 2:
+        raise TraceError(f"trace {name} holds one prompt, which cannot be split; give another as --test")
+    middle = int(starts[len(starts) // 2])
+    return routed.slice(0, middle), routed.slice(middle, routed.n_tokens)
+
+
+_Part = tuple[Callable[[argparse.ArgumentParser], Any], Callable[[argparse.Namespace], int]]
+_PARTS: dict[str, _Part] = {
+    "replay": (_replay_arguments, _replay),
+    "report": (_report_arguments, _report),
+    "plan": (_plan_arguments, _plan),
+}
