@@ -324,7 +324,7 @@ def setup(project: Project) -> None:
                 project, "venv", "making .venv", [base, "-m", "venv", "--clear", str(project.venv)], hint
             )
         command = [str(project.python), "-m", "pip", "install", "--disable-pip-version-check"]
-        command += ["-e", f"{project.root}[test]", *TOOLS]
+        command += ["-e", f"{project.root}[lab,test]", *TOOLS]
         hint = "check the network or the index that `pip config list` shows, then run the same command again"
         run_logged(project, "pip", "installing packages", command, hint, {"PIP_USER": "0"})
 

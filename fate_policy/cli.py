@@ -31,7 +31,7 @@ def main(command: str, argv: Sequence[str]) -> int:
     return run(parser.parse_args(list(argv)))
 
 
-def size(text: str) -> int:
+def memory(text: str) -> int:
     """Read bytes: 13253760, 2.7MB, 4GiB."""
     try:
         slots = Slots.parse(text if not text.isdecimal() else f"{text}B")
@@ -65,7 +65,7 @@ def add_traces(parser: argparse.ArgumentParser, *, several: bool = True) -> None
 def add_expert_bytes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--expert-bytes",
-        type=size,
+        type=memory,
         metavar="SIZE",
         help="size of one expert (default: as the trace tells, or is known of its model)",
     )
@@ -228,8 +228,7 @@ def _plan(args: argparse.Namespace) -> int:
         halves = [(name, *halved(name, whole)) for name, whole in solved_on]
         solved_on = [(f"{name} (first half)", first) for name, first, _ in halves]
         shown_on = [(f"{name} (second half)", second) for name, _, second in halves]
-    meta = solved_on[0][1].meta
-    size = args.expert_bytes or meta.get("expert_bytes") or data.EXPERT_BYTES.get(meta.get("model", ""))
+    size = data.expert_bytes(solved_on[0][1], args.expert_bytes)
     if size is None:
         raise TraceError(f"trace {solved_on[0][0]} does not tell an expert's bytes; give --expert-bytes")
     solved = plan([routed for _, routed in solved_on], args.budget, size, args.policy)

@@ -188,7 +188,7 @@ def replay_policy(
 def run_job(job: Job) -> dict[str, Any]:
     """Return the row of a job."""
     trace = _load(job.trace) if isinstance(job.trace, str) else job.trace
-    size = _expert_bytes(trace, job.expert_bytes)
+    size = data.expert_bytes(trace, job.expert_bytes)
     slots = _slots(trace, job.capacity, size)
     started = time.perf_counter()
     result = replay_policy(
@@ -242,11 +242,6 @@ def _named(item: str | Path | Trace, folder: str | Path | None) -> tuple[str | T
 @functools.lru_cache(maxsize=2)
 def _load(path: str) -> Trace:
     return traces.load(path)
-
-
-def _expert_bytes(trace: Trace, given: int | None) -> NDArray[np.int64] | None:
-    size: Any = given or trace.meta.get("expert_bytes") or data.EXPERT_BYTES.get(trace.meta.get("model", ""))
-    return None if size is None else np.broadcast_to(np.array(size, np.int64), trace.n_layers)
 
 
 def _slots(trace: Trace, capacity: str, size: NDArray[np.int64] | None) -> NDArray[np.int32]:

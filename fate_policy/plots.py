@@ -32,12 +32,17 @@ def inline(drawn: Figure, title: str) -> str:
     return f'<img alt="{title}" src="data:image/png;base64,{text}">'
 
 
+def _style(name: str) -> str:
+    if not name.startswith(("optimum", "belady")):
+        return "-"
+    return "k:" if name.endswith("optional") else "k--"
+
+
 def lines(curves: Mapping[str, tuple[ArrayLike, ArrayLike]], x: str, y: str, **axes: Any) -> Figure:
-    """Draw curves of (x, y); those whose name starts with "optimum" are dashed bounds."""
+    """Draw curves of (x, y); those whose name starts with "optimum" are bounds."""
     drawn, axis = figure()
     for name, (at, value) in curves.items():
-        bound = name.startswith("optimum")
-        axis.plot(at, value, "k--" if bound else "-", marker=".", lw=1, label=name, alpha=0.6 if bound else 1)
+        axis.plot(at, value, _style(name), marker=".", lw=1, label=name)
     axis.set(xlabel=x, ylabel=y, **axes)
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
@@ -74,9 +79,8 @@ def save_rates(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 for row in chosen
                 if (row["policy"], row["admission"]) == (policy, admission)
             )
-            bound = policy in ("optimum", "belady")
-            label = f"{policy} ({admission})" if bound else policy
-            axis.plot(*zip(*curve, strict=True), "k--" if bound else "-", marker=".", lw=1, label=label)
+            label = f"{policy}, {admission}"
+            axis.plot(*zip(*curve, strict=True), _style(label), marker=".", lw=1, label=label)
         axis.set(xlabel="slots, % of experts", ylabel="hit rate", title=name)
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")

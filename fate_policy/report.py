@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fate_policy import plots
+from fate_policy import data, plots
 from fate_policy.compare import make, replay_policy
-from fate_policy.errors import FateError
+from fate_policy.errors import FateError, TraceError
 from fate_policy.locality import Locality, measure
 from fate_policy.plan import plan
 from fate_policy.trace import Trace
@@ -46,7 +46,7 @@ def page(trace: Trace, name: str, budget: str = "50%", expert_bytes: int | None 
     budget
         Memory or a share of all experts, as `fate_policy.plan.plan` takes it, for the recommended slots.
     expert_bytes
-        Where the trace does not tell. None then counts every expert as one byte, so that only a share works.
+        Where neither the trace nor `fate_policy.data` tells; without it only a share works.
     """
     if not trace.n_tokens:
         raise FateError(f"trace {name} holds no tokens; there is nothing to report")
@@ -180,7 +180,13 @@ def _capacity(trace: Trace) -> str:
 
 
 def _slots(trace: Trace, budget: str, expert_bytes: int | None) -> str:
-    size = expert_bytes or trace.meta.get("expert_bytes") or 1
+    size = data.expert_bytes(trace, expert_bytes)
+    if size is None:
+        if not budget.endswith("%"):
+            raise TraceError(
+                f"budget {budget}: the trace does not tell an expert's bytes; give them, or a share"
+            )
+        size = np.ones(trace.n_layers, np.int64)
     solved = plan([trace], budget, size)
     layers = np.arange(trace.n_layers)
     drawn = plots.lines(

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
 from fate_policy.checks import unknown_name
 from fate_policy.errors import TraceError
+from fate_policy.trace import Trace
 
 HERE = Path(__file__).resolve().parent
 FOLDER_VARIABLE = "FATE_TRACES"
@@ -36,3 +40,14 @@ def find(name: str | Path, folder: str | Path | None = None) -> Path:
             f"{FOLDER_VARIABLE} names"
         )
     raise TraceError(f"trace {path} does not exist")
+
+
+def expert_bytes(trace: Trace, given: ArrayLike | None = None) -> NDArray[np.int64] | None:
+    """Return the bytes of an expert of each layer: as given, as the trace tells, or as known of its model.
+
+    None if nobody knows.
+    """
+    size = given if given is not None else trace.meta.get("expert_bytes")
+    if size is None:
+        size = EXPERT_BYTES.get(trace.meta.get("model", ""))
+    return None if size is None else np.array(np.broadcast_to(np.array(size, np.int64), trace.n_layers))

@@ -1,0 +1,88 @@
+"""`fate replay`, `fate report` and `fate plan`, without the native library."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from policy_contract import real_trace
+
+from fate_bind import library
+from fate_bind.__main__ import main
+from fate_policy import config
+from fate_policy.replay import replay
+
+
+@pytest.fixture(autouse=True)
+def unbuilt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def load() -> Any:
+        pytest.fail("the native library was asked for")
+
+    monkeypatch.setattr(library, "load", load)
+    real_trace().save(tmp_path / "real.npz")
+    monkeypatch.setenv("FATE_TRACES", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_replay_prints_json_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["replay", "real", "--policy", "lru,optimum", "--capacity", "25%,50%", "--format", "json"]) == 0
+    )
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["policy"], row["capacity"]) for row in rows] == [
+        ("lru", "25%"),
+        ("optimum", "25%"),
+        ("lru", "50%"),
+        ("optimum", "50%"),
+    ]
+    assert [row["hit_rate"] for row in rows] == [
+        replay(real_trace(), policy, n_slots=n_slots).hit_rate
+        for n_slots in (8, 16)
+        for policy in ("lru", "belady")
+    ]
+
+
+def test_replay_prints_csv_and_text_and_draws(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["replay", "real.npz", "--policy", "lru", "--capacity", "8", "--pool", "global", "--cold"]
+    assert main([*command, "--admission", "optional", "--format", "csv"]) == 0
+    (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert (row["pool"], row["admission"]) == ("global", "optional")
+    assert main([*command, "--resident", "100", "--expert-bytes", "1MB", "--plot", "rates.png"]) == 0
+    head, line = capsys.readouterr().out.splitlines()
+    assert head.split()[-1] == "of_resident"
+    assert line.split()[:5] == ["real", "lru", "8", "global", "forced"]
+    assert Path("rates.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_writes_a_page(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "real", "-o", "page.html"]) == 0
+    assert capsys.readouterr().out == "wrote page.html\n"
+    assert "Routing of real" in Path("page.html").read_text(encoding="utf-8")
+
+
+def test_plan_writes_slots_and_shows_what_they_gain(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--trace", "real", "--budget", "50%", "--expert-bytes", "1000"]
+    assert main([*command, "--test", "real", "-o", "plan.yaml", "--format", "json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    slots = config.load("plan.yaml").slots
+    assert replay(real_trace(), "lru", n_slots=str(slots)).hit_rate == row["planned"] > row["equal"]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["replay", "none"], "unknown trace 'none' (known: gptoss20b_stem, real)"),
+        (["replay", "real", "--policy", "lruu"], "did you mean 'lru'?"),
+        (["replay", "real", "--capacity", "3"], "a token uses 4 of them; the minimum is 4"),
+        (["replay", "real", "--link", "0"], "--link 0.0: expected a number of GB/s greater than 0"),
+        (["plan", "--trace", "real", "--budget", "8", "--expert-bytes", "1"], "budget: '8' is not allowed"),
+        (["report", "real", "-o", "no/page.html"], "report no/page.html cannot be written"),
+    ],
+)
+def test_an_error_is_one_line(command: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command) == 1
+    assert message in capsys.readouterr().err

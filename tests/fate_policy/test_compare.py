@@ -1,0 +1,182 @@
+"""The table of policies, capacities and traces."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import pytest
+from policy_contract import real_trace, synthetic_trace
+
+from fate_policy.base import Geometry, History, Policy, Step
+from fate_policy.compare import compare, make, replay_policy
+from fate_policy.errors import PolicyConfigError, TraceError
+from fate_policy.frequency import Frequency
+from fate_policy.random import Random
+from fate_policy.replay import replay
+from fate_policy.trace import Trace
+
+
+class Sparse(Policy):
+    """Publish every third token only, with a bonus; note what was told."""
+
+    def start(self, geometry: Geometry) -> None:
+        self.counts = np.zeros((geometry.n_layers, geometry.max_experts), np.float32)
+        self.steps: list[Step] = []
+
+    def observe(self, step: Step) -> None:
+        self.steps.append(step)
+        _, layer, _ = used = np.nonzero(step.ids >= 0)
+        np.add.at(self.counts, (layer, step.ids[used]), 1)
+
+    def scores(self, history: History) -> np.ndarray[Any, Any] | None:
+        return self.counts.copy() if history.tokens_seen % 3 == 0 else None
+
+    def bonus(self, history: History) -> np.ndarray[Any, Any]:
+        return np.full(len(history.clock), 2.5, np.float32)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    real_trace().save(path := tmp_path / "real.npz")
+    return path
+
+
+@pytest.mark.parametrize("trace", [synthetic_trace(500), real_trace()], ids=["synthetic", "real"])
+@pytest.mark.parametrize("policy", [Random(seed=3), Sparse()], ids=["random", "sparse"])
+def test_a_python_policy_counts_and_is_told_as_in_replay(trace: Trace, policy: Policy) -> None:
+    """The order of fills and evictions within a step is the engine's there, by expert here."""
+    n_slots = None if trace.meta["n_slots"] else "25%"
+    expected = replay(trace, policy, n_slots=n_slots)
+    told = getattr(policy, "steps", [])
+    assert replay_policy(trace, policy, n_slots).counters == expected
+    for here, there in zip(getattr(policy, "steps", []), told, strict=True):
+        for name in ("ids", "path", "hits", "tokens", "positions", "sequences"):
+            assert np.array_equal(getattr(here, name), getattr(there, name))
+        assert sorted(map(tuple, here.fills.tolist())) == sorted(map(tuple, there.fills.tolist()))
+        assert sorted(map(tuple, here.evictions.tolist())) == sorted(map(tuple, there.evictions.tolist()))
+
+
+@pytest.mark.parametrize("form", [{"pool": "global"}, {"admission": "optional"}, {"cold": True}], ids=str)
+def test_any_policy_can_be_replayed_in_every_form(form: dict[str, Any]) -> None:
+    """A Python policy that decides as a built-in one does counts the same."""
+
+    class Own(Frequency):
+        pass
+
+    own = replay_policy(real_trace(), Own(), 8, **form)
+    built_in = replay_policy(real_trace(), Frequency(), 8, **form)
+    assert (own.counters, own.admitted) == (built_in.counters, built_in.admitted)
+
+
+def test_a_policy_without_scores_is_replayed_only_as_the_engine_runs_it() -> None:
+    class Lowest(Policy):
+        def victims(self, layer: int, n: int, pinned: Any, history: History) -> Any:
+            return np.flatnonzero(history.resident[layer, : len(pinned)] & ~pinned)[:n]
+
+    assert replay_policy(real_trace(), Lowest(), 8).counters == replay(
+        real_trace(), Lowest(), n_slots=8, mode="callback"
+    )
+    with pytest.raises(PolicyConfigError, match="has no scores, so it can be replayed only with pool layer"):
+        replay_policy(real_trace(), Lowest(), 8, pool="global")
+
+
+def test_a_row_says_what_was_asked_and_what_came_out(file: Path) -> None:
+    (row,) = compare([file], ["lru"], ["25%"], expert_bytes=1000, link_gb_s=0.001, resident_tokens_s=100)
+    counters = replay(real_trace(), "lru", n_slots=8)
+    fills = int(counters.fills.sum()) / 400
+    share = int(counters.rows_all_resident.sum()) / int(counters.rows.sum())
+    assert row.pop("seconds") > 0
+    assert row == {
+        "trace": "real",
+        "policy": "lru",
+        "capacity": "25%",
+        "pool": "layer",
+        "admission": "forced",
+        "hit_rate": counters.hit_rate,
+        "all_resident": share,
+        "fills_per_token": fills,
+        "admitted_per_token": fills,
+        "bytes_per_token": fills * 1000,
+        "transfer_ms_per_token": pytest.approx(fills),
+        "cold": False,
+        "slots": [8] * 24,
+        "share": 0.25,
+        "tokens": 400,
+        "link_gb_s": 0.001,
+        "of_resident": pytest.approx(10 / (10 + fills)),
+    }
+
+
+def test_rows_come_in_the_order_asked_whoever_works(file: Path) -> None:
+    """Workers of joblib, and of a Dask cluster through joblib's backend, give the rows of one process."""
+    asked: Any = ([file, real_trace()], ["lfu", "lru"], ["25%", 16])
+    plain = [{**row, "seconds": 0} for row in compare(*asked)]
+    assert [(row["capacity"], row["policy"]) for row in plain[:4]] == [
+        ("25%", "lfu"),
+        ("25%", "lru"),
+        ("16", "lfu"),
+        ("16", "lru"),
+    ]
+    with joblib.parallel_config("threading", n_jobs=2):
+        assert [{**row, "seconds": 0} for row in compare(*asked)] == plain
+
+
+@pytest.mark.slow
+def test_the_same_job_runs_on_processes_and_on_a_dask_cluster(file: Path) -> None:
+    distributed = pytest.importorskip("distributed")
+    asked: Any = ([file, real_trace()], ["lru", "random"], ["25%"])
+    plain = [{**row, "seconds": 0} for row in compare(*asked)]
+    assert [{**row, "seconds": 0} for row in compare(*asked, n_jobs=2)] == plain
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.Client(cluster),
+        joblib.parallel_config("dask"),
+    ):
+        assert [{**row, "seconds": 0} for row in compare(*asked)] == plain
+
+
+@pytest.mark.parametrize(
+    ("spec", "attributes"),
+    [
+        ("lfu", {"half_life_tokens": 1e30, "lfru": False}),
+        ("lfru:half_life_tokens=32", {"half_life_tokens": 32, "lfru": True}),
+        ("frequency:half_life_tokens=64+lfru=true", {"half_life_tokens": 64, "lfru": True}),
+        ("fate_policy.random:Random:seed=7", {"seed": 7}),
+        ("fate_policy.random:Random", {"seed": 0}),
+    ],
+)
+def test_a_policy_is_named_with_its_parameters(spec: str, attributes: dict[str, Any]) -> None:
+    assert {key: getattr(make(spec), key) for key in attributes} == attributes
+
+
+def test_a_policy_file_and_a_file_with_slots_are_taken(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(
+        f"policy: frequency\nfrequency: {{half_life_tokens: 4}}\nslots: [{', '.join(['7'] * 24)}]\n"
+    )
+    own = str(tmp_path / "own.yaml")
+    (row,) = compare([file], [own], [own])
+    assert (row["slots"], row["hit_rate"]) == (
+        [7] * 24,
+        replay(real_trace(), Frequency(half_life_tokens=4), n_slots=7).hit_rate,
+    )
+
+
+def unknown() -> Trace:
+    return replace(real_trace(), meta={**real_trace().meta, "model": "unknown"})
+
+
+def test_what_cannot_be_is_said_before_anything_runs(file: Path) -> None:
+    with pytest.raises(PolicyConfigError, match="unknown parameter of policy frequency: 'half_life'"):
+        compare([file], ["lru", "frequency:half_life=3"], ["25%"])
+    with pytest.raises(TraceError, match="does not tell an expert's bytes"):
+        compare([unknown()], ["lru"], ["1GiB"])
+
+
+def test_the_bytes_of_an_expert_are_those_known_of_the_model_or_none(file: Path) -> None:
+    known, nobody = compare([file, unknown()], ["lru"], ["25%"])
+    assert known["bytes_per_token"] == pytest.approx(known["fills_per_token"] * 13253760)
+    assert (nobody["bytes_per_token"], nobody["transfer_ms_per_token"]) == (None, None)
