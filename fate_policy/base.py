@@ -101,6 +101,9 @@ class Policy:
     def observe(self, step: Step) -> None:
         """Event: a step is over. Its arrays are yours to keep, not to change."""
 
+    def expect(self, token: int, sequence: int) -> None:
+        """Event: this token runs next. Told between `observe` and `scores`, where it is known by then."""
+
     def admit(self, layer: int, experts: NDArray[np.int32]) -> None:
         """Event: these experts came into slots. In table mode told just before `observe`."""
 
@@ -111,6 +114,13 @@ class Policy:
         """Question: what is each expert worth, shape (n_layers, max_experts)? Higher stays. None = LRU.
 
         Asked between steps. Equal scores are decided by the last use, then by expert id.
+        """
+        return None
+
+    def predict(self, step: Step, token_id: int) -> tuple[NDArray[np.int32], NDArray[np.float32]] | None:
+        """Question: which experts will the token after the observed `step` use, most likely first?
+
+        Returns experts and their chances, both (n_layers, max_experts); None = this policy predicts nothing.
         """
         return None
 

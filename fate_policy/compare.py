@@ -320,7 +320,7 @@ def _step(
         ids=ids,
         path=path,
         weights=weights,
-        tokens=trace.token_id[start:stop],
+        tokens=trace.tokens[start:stop],
         positions=trace.position[start:stop],
         sequences=trace.sequence[start:stop],
         hits=hits,

@@ -100,8 +100,11 @@ class Driver:
         )
         self._timed(self.policy.start, self.geometry)
 
-    def observe(self, step: Step) -> None:
-        """Take in a finished step and tell the policy. In callback mode new scores come into force here."""
+    def observe(self, step: Step, coming: tuple[int, int] | None = None) -> None:
+        """Take in a finished step and tell the policy. In callback mode new scores come into force here.
+
+        coming : the token that runs next and its sequence, if it is known and alone in its step
+        """
         self._stamp(step)
         self.history.tokens_seen += step.n_tokens
         self.history.steps_seen += 1
@@ -112,6 +115,8 @@ class Driver:
                 self._tell(self.policy.drop, step.evictions)
                 self._tell(self.policy.admit, step.fills)
         self._timed(self.policy.observe, step)
+        if coming is not None:
+            self._timed(self.policy.expect, *coming)
         if self.mode == "callback":
             self._refresh()
 

@@ -24,6 +24,7 @@ BUILT_IN = {
     "frequency": "fate_policy.frequency:Frequency",
     "static": "fate_policy.static:Static",
     "random": "fate_policy.random:Random",
+    "classifier": "fate_policy.classifier:Classifier",
     "belady": "fate_policy.belady:Belady",
 }
 

@@ -27,6 +27,7 @@ def replay(
     mode: str | None = None,
     sync: bool = True,
     refresh_tokens: int = 1,
+    foretell: bool = False,
 ) -> Counters:
     """Return what the engine would count on this trace.
 
@@ -41,6 +42,8 @@ def replay(
         "table" or "callback"; None: table. A policy that knows the future is always asked.
     sync
         True: scores act from the next step on, as with `sync: true`; False: one step later.
+    foretell
+        Tell the policy which token runs next before it is asked for scores, where a step is one token.
     """
     if isinstance(policy, str):
         policy = registry.get(policy)()
@@ -55,15 +58,21 @@ def replay(
     flag("sync", sync)
     behind: Step | None = None
     bounds = trace.step_bounds().tolist()
-    for start, stop in pairwise(bounds):
+    for i, (start, stop) in enumerate(pairwise(bounds)):
         step = run.step(trace, start, stop, path[start:stop])
         due = step if sync or mode == "callback" else behind
         behind = step
         if due is not None:
-            driver.observe(due)
+            coming = bounds[i + 1 : i + 3] if due is step else [start, stop]
+            alone = foretell and np.diff(coming).tolist() == [1]
+            driver.observe(due, _token(trace, coming[0]) if alone else None)
             if (published := driver.publish()) is not None:
                 run.publish(*published)
     return run.counters
+
+
+def _token(trace: Trace, at: int) -> tuple[int, int]:
+    return int(trace.tokens[at]), int(trace.sequence[at])
 
 
 def geometry_of(trace: Trace, n_slots: Any = None) -> Geometry:
@@ -144,7 +153,7 @@ class _Replay:
             ids=ids,
             path=path,
             weights=None if trace.weights is None else trace.weights[start:stop].astype(np.float32),
-            tokens=trace.token_id[start:stop],
+            tokens=trace.tokens[start:stop],
             positions=trace.position[start:stop],
             sequences=trace.sequence[start:stop],
             hits=hits,

@@ -7,6 +7,7 @@ each with a length and a checksum, so that a killed recording keeps all but its 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -73,6 +74,13 @@ class Trace:
         ids = part.astype(np.int32)
         ids[part == np.iinfo(self.ids.dtype).max] = -1
         return ids
+
+    @functools.cached_property
+    def tokens(self) -> NDArray[np.int32]:
+        """Return what names each token: its id, else 31 bits of the hash of its text; -1 = unknown."""
+        if self.token_hash is None or (self.token_id >= 0).any():
+            return self.token_id
+        return (self.token_hash & 0x7FFFFFFF).astype(np.int32)
 
     def step_bounds(self) -> NDArray[np.int64]:
         """Return where each step starts, and at the end the number of tokens."""

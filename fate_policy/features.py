@@ -1,0 +1,371 @@
+"""What the classifier knows about each expert: the one way from routing to features, trained and served.
+
+All features of a token come from the routing before it and from the tokens up to and with it. They are linear
+pieces that a device can keep: decayed counts, one row of a table a token, sums of rows of a small basis.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+HALF_LIVES = (1, 2, 4, 8, 16, 32, 64, 256)
+NGRAMS = (2, 4, 8)
+NAMES = (
+    *(f"rate_{n}" for n in HALF_LIVES),
+    *(f"log_rate_{n}" for n in HALF_LIVES),
+    "log_age",
+    "token_now",
+    "pair_now",
+    "token_later",
+    "pair_later",
+    *(f"repeat_{n}_{when}" for when in ("now", "soon", "later") for n in NGRAMS),
+)
+"""rate: decayed share of tokens that used the expert, by half-life in tokens.
+
+token, pair: how often it was used at, or in the `LATER` tokens after, earlier occurrences of this token, or
+of this token after the one before it; rare ones back off to the token and to the rates.
+repeat: whether it was used at, or after, the last occurrence of the longest context that was seen before.
+"""
+CONTEXT_HALF_LIVES = (3.0, 12.0)
+N_CONTEXTS = 5 + len(CONTEXT_HALF_LIVES)
+
+LATER, LATER_DECAY = 5, 0.7
+FOLLOW, FOLLOW_SOON, FOLLOW_LATER = 32, 0.7, 0.93
+MAX_COUNT = 1024
+MAX_AGE = 1024
+MAX_SEQUENCES = 256
+UNKNOWN = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """The layers of a model, int32 arrays (n_layers,)."""
+
+    n_experts: NDArray[np.int32]
+    k: NDArray[np.int32]
+
+    @property
+    def table(self) -> tuple[int, int]:
+        return len(self.n_experts), int(self.n_experts.max(initial=1))
+
+    def even_rates(self) -> NDArray[np.float32]:
+        """Return k / n_experts of each expert that exists, float32 (n_layers, max_experts)."""
+        exists = np.arange(self.table[1]) < self.n_experts[:, None]
+        return np.where(exists, (self.k / self.n_experts)[:, None], 0).astype(np.float32)
+
+
+class Table:
+    """Sums of rows of numbers for each key, at and after its occurrences; the least recent key makes room.
+
+    Half precision, `row_bytes` a key. Sums are halved at `MAX_COUNT` occurrences, so that they stay exact.
+    """
+
+    def __init__(self, n_columns: int, n_rows: int) -> None:
+        self.sums = np.zeros((n_rows, 2, n_columns), np.float16)
+        self.n = np.zeros((n_rows, 2), np.float32)
+        self._row: OrderedDict[Any, int] = OrderedDict()
+
+    @staticmethod
+    def row_bytes(n_columns: int) -> int:
+        return 2 * n_columns * 2 + 8
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def get(self, key: Any) -> int:
+        """Return the row of a key, -1 if there is none."""
+        return self._row.get(key, -1)
+
+    def add(self, key: Any, when: int, numbers: NDArray[np.float32], weight: float = 1.0) -> None:
+        """Add to the sums at (`when` 0) or after (1) a key. Only the former makes a row."""
+        row = self._row.get(key, -1)
+        if row < 0:
+            if when:
+                return
+            row = self._take()
+            self._row[key] = row
+        elif not when:
+            self._row.move_to_end(key)
+        self.sums[row, when] += numbers
+        self.n[row, when] += weight
+        if self.n[row, when] >= MAX_COUNT:
+            self.sums[row, when] *= np.float16(0.5)
+            self.n[row, when] *= 0.5
+
+    def _take(self) -> int:
+        if len(self._row) < len(self.sums):
+            return len(self._row)
+        _, row = self._row.popitem(last=False)
+        self.sums[row] = 0
+        self.n[row] = 0
+        return row
+
+    def state(self, minimum: float) -> tuple[list[Any], NDArray[np.float32], NDArray[np.float16]]:
+        """Return the keys seen at least `minimum` times, oldest first, with their counts and sums."""
+        kept = [(key, row) for key, row in self._row.items() if self.n[row, 0] >= minimum]
+        rows = np.array([row for _, row in kept], np.intp)
+        return [key for key, _ in kept], self.n[rows], self.sums[rows]
+
+    def restore(self, keys: list[Any], n: NDArray[np.float32], sums: NDArray[np.float16]) -> None:
+        """Take in what `state` returned, the most recent rows if not all fit."""
+        first = max(0, len(keys) - len(self.sums))
+        for i in range(first, len(keys)):
+            row = self._take()
+            self._row[keys[i]] = row
+            self.sums[row] = sums[i]
+            self.n[row] = n[i]
+
+
+@dataclass(eq=False)
+class _Sequence:
+    tokens: deque[int] = field(default_factory=lambda: deque(maxlen=NGRAMS[-1]))
+    last: int = -1
+    pending: deque[tuple[int, tuple[int, int], int]] = field(default_factory=deque)
+
+
+class Features:
+    """Follow routing token by token and give the features of the token about to run.
+
+    `expect` names that token; `now` is asked; `observe` tells what it routed.
+
+    Parameters
+    ----------
+    basis
+        float32 (n_layers * max_experts, rank): a token's routing is summed up by the sum of the rows used.
+    center
+        float32 (rank,): the mean of that sum, subtracted.
+    table_mb
+        Memory of the tables of tokens and of pairs together.
+    n_history
+        Tokens in which repeated contexts are looked for.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        basis: NDArray[np.float32],
+        center: NDArray[np.float32],
+        *,
+        table_mb: float = 256,
+        n_history: int = 65536,
+    ) -> None:
+        self.shape = shape
+        self.learning = True
+        n_layers, n_experts = shape.table
+        self._size = n_layers * n_experts
+        self._basis = np.concatenate((basis, np.zeros((1, basis.shape[1]), np.float32)))
+        self._center = center
+        rank = basis.shape[1]
+        self._even = shape.even_rates()
+        self._rates = np.repeat(self._even[None], len(HALF_LIVES), axis=0)
+        self._keep = 2.0 ** (-1 / np.array(HALF_LIVES, np.float32))[:, None, None]
+        self._age = np.full((n_layers, n_experts), MAX_AGE, np.float32)
+        columns = self._size + rank
+        n_rows = max(1, int(table_mb * 2**20 / 2 / Table.row_bytes(columns)))
+        self.tokens = Table(columns, n_rows)
+        self.pairs = Table(self._size, n_rows)
+        self._contexts = np.zeros((len(CONTEXT_HALF_LIVES), rank), np.float32)
+        self._context_keep = 2.0 ** (-1 / np.array(CONTEXT_HALF_LIVES, np.float32))[:, None]
+        self._last = np.zeros(rank, np.float32)
+        self._n_history = n_history
+        width = n_layers * int(shape.k.max(initial=1))
+        self._used = np.full((n_history, width), self._size, np.int32)
+        self._sums = np.zeros((n_history, rank), np.float32)
+        self._next = np.full(n_history, -1, np.int64)
+        self._n_seen = 0
+        self._seen: list[dict[tuple[int, ...], int]] = [{} for _ in NGRAMS]
+        self._sequences: dict[int, _Sequence] = {}
+        self._offset = (np.arange(n_layers) * n_experts)[:, None]
+        self._row = np.zeros((n_layers, len(NAMES), n_experts), np.float32)
+        steps = np.arange(FOLLOW)
+        self._soon = ((1 - FOLLOW_SOON) * FOLLOW_SOON**steps).astype(np.float32)
+        self._later = ((1 - FOLLOW_LATER) * FOLLOW_LATER**steps).astype(np.float32)
+        self._credit = ((1 - LATER_DECAY) * LATER_DECAY ** np.arange(LATER)).astype(np.float32)
+        self.expect(UNKNOWN, 0)
+
+    @property
+    def n_context(self) -> int:
+        """Length of the context vector."""
+        return N_CONTEXTS * len(self._last)
+
+    def expect(self, token: int, sequence: int) -> None:
+        """Take in which token runs next; `UNKNOWN` if that is not known."""
+        known = self._sequences.get(sequence)
+        before = known.tokens if known else deque[int]()
+        self._token, self._sequence = token, sequence
+        self._pair = (before[-1] if before else UNKNOWN, token)
+        self._grams: list[tuple[int, ...] | None] = [None] * len(NGRAMS)
+        self._match, self._match_level = -1, -1
+        if token == UNKNOWN:
+            return
+        context = (*before, token)
+        for level, n in enumerate(NGRAMS):
+            if len(context) < n or UNKNOWN in context[-n:]:
+                break
+            self._grams[level] = context[-n:]
+            found = self._seen[level].get(context[-n:], -1)
+            if found >= 0 and found > self._n_seen - self._n_history:
+                self._match, self._match_level = found, level
+
+    @contextlib.contextmanager
+    def supposing(self, token: int, sequence: int) -> Iterator[None]:
+        """Ask `now` as if this token ran next, and forget it again."""
+        names = ("_token", "_sequence", "_pair", "_grams", "_match", "_match_level")
+        held = {name: getattr(self, name) for name in names}
+        self.expect(token, sequence)
+        try:
+            yield
+        finally:
+            vars(self).update(held)
+
+    def now(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return the features (n_layers, n_features, max_experts) and the context vector (n_context,).
+
+        Both are buffers that the next call overwrites.
+        """
+        row, h = self._row, len(HALF_LIVES)
+        row[:, :h] = self._rates.transpose(1, 0, 2)
+        np.log(row[:, :h] + np.float32(0.02), out=row[:, h : 2 * h])
+        np.log(self._age, out=row[:, 2 * h])
+        base = np.float32(0.5) * (self._rates[4] + self._rates[6])
+        at = self.tokens.get(self._token)
+        pair = self.pairs.get(self._pair)
+        for when, column, strength in ((0, 2 * h + 1, (2.0, 1.0)), (1, 2 * h + 3, (4.0, 4.0))):
+            share = self._share(self.tokens, at, when, base, strength[0])
+            if self._token == UNKNOWN:
+                pair = -1
+            both = self._share(self.pairs, pair, when, share, strength[1])
+            for i, value in enumerate((share, both)):
+                logs = np.log(value + np.float32(0.01))
+                if when == 0:
+                    logs -= np.log(np.float32(1.01) - value)
+                row[:, column + i] = logs
+        rank = len(self._last)
+        context = np.zeros((N_CONTEXTS, rank), np.float32)
+        if at >= 0:
+            sums = self.tokens.sums[at, :, self._size :].astype(np.float32)
+            context[:2] = sums / (self.tokens.n[at] + 2)[:, None]
+        context[2] = self._last
+        context[5:] = self._contexts
+        row[:, 2 * h + 5 :] = 0
+        if self._match >= 0:
+            self._repeat(row[:, 2 * h + 5 :], context[3:5])
+        return row, context.ravel()
+
+    def _share(
+        self, table: Table, at: int, when: int, base: NDArray[np.float32], strength: float
+    ) -> NDArray[np.float32]:
+        if at < 0 or table.n[at, when] == 0:
+            return base
+        sums = table.sums[at, when, : self._size].astype(np.float32).reshape(base.shape)
+        share: NDArray[np.float32] = (sums + np.float32(strength) * base) / np.float32(
+            table.n[at, when] + strength
+        )
+        return share
+
+    def _repeat(self, row: NDArray[np.float32], context: NDArray[np.float32]) -> None:
+        match = self._match
+        after = self._following(match)
+        slot = match % self._n_history
+        context[0] = self._sums[slot]
+        found = [np.bincount(self._used[slot], minlength=self._size + 1)]
+        if after:
+            slots = np.array(after) % self._n_history
+            used = self._used[slots]
+            n = len(slots)
+            for weights in (self._soon, self._later):
+                weight = np.repeat(weights[:n], used.shape[1])
+                found.append(np.bincount(used.ravel(), weight, minlength=self._size + 1))
+            context[1] = self._soon[:n] @ self._sums[slots]
+        for i, values in enumerate(found):
+            table = values[: self._size].reshape(row.shape[0], -1).astype(np.float32)
+            first = i * len(NGRAMS)
+            row[:, first : first + self._match_level + 1] = table[:, None]
+
+    def _following(self, position: int) -> list[int]:
+        found: list[int] = []
+        oldest = self._n_seen - self._n_history
+        for _ in range(FOLLOW):
+            position = int(self._next[position % self._n_history])
+            if position <= oldest or position < 0:
+                break
+            found.append(position)
+        return found
+
+    def observe(self, ids: NDArray[np.int32], token: int, sequence: int) -> None:
+        """Take in the routing of one token, int32 (n_layers, k), -1 = not run."""
+        if (token, sequence) != (self._token, self._sequence):
+            self.expect(token, sequence)
+        flat = np.where(ids >= 0, ids + self._offset, self._size)
+        used = np.zeros(self._size + 1, np.float32)
+        used[flat] = 1
+        use = used[:-1].reshape(self._even.shape)
+        self._rates *= self._keep
+        self._rates += (1 - self._keep) * use
+        self._age += 1
+        np.minimum(self._age, MAX_AGE, out=self._age)
+        self._age[use > 0] = 1
+        total = self._basis[flat.ravel()].sum(axis=0) - self._center
+        self._contexts *= self._context_keep
+        self._contexts += (1 - self._context_keep) * total
+        self._last = total
+        here = self._sequences.pop(sequence, None) or _Sequence()
+        self._sequences[sequence] = here
+        if len(self._sequences) > MAX_SEQUENCES:
+            del self._sequences[next(iter(self._sequences))]
+        if self.learning:
+            self._learn(here, flat, used, total)
+        here.tokens.append(token)
+        self.expect(UNKNOWN, sequence)
+
+    def _learn(
+        self,
+        here: _Sequence,
+        flat: NDArray[np.integer],
+        used: NDArray[np.float32],
+        total: NDArray[np.float32],
+    ) -> None:
+        position = self._n_seen
+        slot = position % self._n_history
+        self._used[slot] = self._size
+        self._used[slot, : flat.size] = flat.ravel()
+        self._sums[slot] = total
+        self._next[slot] = -1
+        if here.last > position - self._n_history and here.last >= 0:
+            self._next[here.last % self._n_history] = position
+        here.last = position
+        self._n_seen += 1
+        for level, gram in enumerate(self._grams):
+            if gram is not None:
+                self._seen[level][gram] = position
+                if len(self._seen[level]) > 2 * self._n_history:
+                    oldest = position - self._n_history
+                    self._seen[level] = {key: at for key, at in self._seen[level].items() if at > oldest}
+        if self._token != UNKNOWN:
+            self.tokens.add(self._token, 0, np.concatenate((used[:-1], total)))
+            self.pairs.add(self._pair, 0, used[:-1])
+        here.pending.append((self._token, self._pair, position))
+        if len(here.pending) > LATER:
+            token, pair, at = here.pending.popleft()
+            if token != UNKNOWN:
+                self._learn_later(token, pair, at)
+
+    def _learn_later(self, token: int, pair: tuple[int, int], at: int) -> None:
+        after = self._following(at)[:LATER]
+        if len(after) < LATER:
+            return
+        slots = np.array(after) % self._n_history
+        used = self._used[slots]
+        weight = np.repeat(self._credit, used.shape[1])
+        uses = np.bincount(used.ravel(), weight, minlength=self._size + 1)[: self._size].astype(np.float32)
+        total = self._credit @ self._sums[slots]
+        n = float(self._credit.sum())
+        self.tokens.add(token, 1, np.concatenate((uses, total)), n)
+        self.pairs.add(pair, 1, uses, n)

@@ -1,0 +1,249 @@
+"""The fitted classifier: scores from features, and its file, which holds arrays and JSON only."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fate_policy import features
+from fate_policy.errors import PolicyConfigError
+from fate_policy.features import Features, Shape
+
+FORMAT, VERSION = "fate-classifier", 1
+TARGETS = ("context_now", "context_soon", "context_after")
+"""What the context vector predicts for each expert: use at this token, soon after it, soon after the next."""
+INPUTS = (*features.NAMES, *TARGETS)
+AHEAD = 2
+AHEAD_LAYERS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """One question that the model answers, as log-odds.
+
+    kind : "now": used by this token; "keep": used in the `window` tokens after it; "late": used in the
+        `window` tokens after the next, the score then being one token old
+    share : the share of experts with a slot that a keep or late head was fitted for
+    coef, intercept, bonus : float32 (n_layers, n_inputs), (n_layers,), (n_layers,)
+    """
+
+    kind: str
+    window: int
+    share: float
+    coef: NDArray[np.float32]
+    intercept: NDArray[np.float32]
+    bonus: NDArray[np.float32]
+    estimators: list[Any] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """Everything that was fitted.
+
+    basis, center : see `Features`
+    squeeze, spread, mean : the context's predictions are `(context @ squeeze) @ spread[:, i] + mean[i]`, of
+        shapes (n_context, rank), (rank, n_targets, n_layers * n_experts), (n_targets, n_layers * n_experts)
+    ahead : float32 (AHEAD, n_layers, AHEAD_LAYERS * n_experts, n_experts): what the experts chosen in layers
+        before add to the chance of this layer's
+    tables : keys, counts and sums of `Features.tokens` and of `Features.pairs`
+    """
+
+    shape: Shape
+    basis: NDArray[np.float32]
+    center: NDArray[np.float32]
+    squeeze: NDArray[np.float32]
+    spread: NDArray[np.float32]
+    mean: NDArray[np.float32]
+    heads: list[Head]
+    ahead: NDArray[np.float32]
+    tables: tuple[tuple[list[Any], NDArray[np.float32], NDArray[np.float16]], ...] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def features(self, *, table_mb: float = 256) -> Features:
+        """Return the features' state as it was when training ended."""
+        state = Features(self.shape, self.basis, self.center, table_mb=table_mb)
+        for table, saved in zip((state.tokens, state.pairs), self.tables, strict=False):
+            table.restore(*saved)
+        return state
+
+    def head(self, kind: str, share: float = 0) -> Head:
+        """Return the head of this kind that was fitted for the nearest share of slots."""
+        fitting = [head for head in self.heads if head.kind == kind]
+        return min(fitting, key=lambda head: abs(np.log(max(share, 1e-3) / max(head.share, 1e-3))))
+
+    def ahead_of(
+        self, chance: NDArray[np.float32], used: NDArray[np.bool_], layer: int, distance: int
+    ) -> NDArray[np.float32]:
+        """Return a layer's scores (n, n_experts) once the layers `distance` before it are known.
+
+        chance, used : (n, n_layers, n_experts): what was expected at the token boundary, and what was routed
+        """
+        surprise = np.where(used, 1 - chance, -chance)
+        known = ahead_inputs(surprise, layer, distance)
+        scores: NDArray[np.float32] = chance[:, layer] + known @ self.ahead[distance - 1, layer]
+        return scores
+
+    def save(self, path: str | Path) -> None:
+        arrays: dict[str, Any] = {
+            name: getattr(self, name).astype(np.float16) for name in ("basis", "spread", "ahead")
+        }
+        arrays |= {name: getattr(self, name) for name in ("center", "squeeze", "mean")}
+        arrays |= {"n_experts": self.shape.n_experts, "k": self.shape.k}
+        for i, head in enumerate(self.heads):
+            arrays |= {f"head{i}_{name}": getattr(head, name) for name in ("coef", "intercept", "bonus")}
+            if head.estimators is not None:
+                arrays[f"head{i}_estimators"] = _pack(head.estimators)
+        for name, (keys, n, sums) in zip(("tokens", "pairs"), self.tables, strict=False):
+            arrays |= {f"{name}_keys": np.array(keys, np.int64), f"{name}_n": n, f"{name}_sums": sums}
+        heads = [{"kind": head.kind, "window": head.window, "share": head.share} for head in self.heads]
+        meta = {"format": FORMAT, "version": VERSION, "inputs": INPUTS, **self.meta, "heads": heads}
+        arrays["meta"] = np.array(json.dumps(meta))
+        with Path(path).open("wb") as file:
+            np.savez_compressed(file, **arrays)
+
+
+def load(path: str | Path) -> Model:
+    """Read a fitted model; anything that does not fit this version is an error."""
+
+    def fail(fault: str) -> PolicyConfigError:
+        return PolicyConfigError(f"model: {path} {fault}; fit it with `fate train`")
+
+    try:
+        if not zipfile.is_zipfile(path) and Path(path).exists():
+            raise fail("is not a fitted model")
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        meta = json.loads(str(arrays["meta"]))
+        if meta["format"] != FORMAT or meta["version"] != VERSION:
+            raise fail(f"is {meta['format']!r} version {meta['version']!r}, not {FORMAT!r} {VERSION}")
+        for what, found, expected in (
+            ("scikit-learn", meta["sklearn"], version("scikit-learn")),
+            ("features", meta["inputs"], list(INPUTS)),
+        ):
+            if found != expected:
+                raise fail(f"was fitted with {what} {found}, and this is {expected}")
+        heads = []
+        for i, about in enumerate(meta["heads"]):
+            fitted = arrays.get(f"head{i}_estimators")
+            heads.append(
+                Head(
+                    **about,
+                    **{name: arrays[f"head{i}_{name}"] for name in ("coef", "intercept", "bonus")},
+                    estimators=None if fitted is None else _unpack(fitted),
+                )
+            )
+        tables = tuple(
+            (_keys(arrays[f"{name}_keys"]), arrays[f"{name}_n"], arrays[f"{name}_sums"])
+            for name in ("tokens", "pairs")
+        )
+        return Model(
+            shape=Shape(arrays["n_experts"], arrays["k"]),
+            **{name: arrays[name].astype(np.float32) for name in ("basis", "spread", "ahead")},
+            **{name: arrays[name] for name in ("center", "squeeze", "mean")},
+            heads=heads,
+            tables=tables,
+            meta=meta,
+        )
+    except FileNotFoundError:
+        raise fail("does not exist") from None
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise fail(f"cannot be read: {error!r}") from error
+
+
+def _keys(array: NDArray[np.int64]) -> list[Any]:
+    return array.tolist() if array.ndim == 1 else [tuple(pair) for pair in array.tolist()]
+
+
+def _pack(estimators: list[Any]) -> NDArray[np.uint8]:
+    import skops.io
+
+    return np.frombuffer(skops.io.dumps(estimators), np.uint8)
+
+
+def _unpack(packed: NDArray[np.uint8]) -> list[Any]:
+    try:
+        import skops.io
+    except ImportError:
+        raise PolicyConfigError(
+            "model: this one holds scikit-learn estimators; `pip install 'fate[lab]'` to read them"
+        ) from None
+    data = packed.tobytes()
+    foreign = [
+        name
+        for name in skops.io.get_untrusted_types(data=data)
+        if not name.startswith(("sklearn.", "numpy."))
+    ]
+    if foreign:
+        raise PolicyConfigError(f"model: holds types that are not trusted: {', '.join(foreign)}")
+    loaded: list[Any] = skops.io.loads(data, trusted=skops.io.get_untrusted_types(data=data))
+    return loaded
+
+
+class Scorer:
+    """Answer one head's question for all experts at once, in a fraction of a millisecond if it is linear."""
+
+    def __init__(self, model: Model, head: Head) -> None:
+        n_layers, n_experts = model.shape.table
+        self._model, self._head = model, head
+        n = len(features.NAMES)
+        self._weights = np.ascontiguousarray(head.coef[:, None, :n])
+        per_target = np.repeat(head.coef[:, n:].T, n_experts, axis=1)  # (n_targets, n_layers * n_experts)
+        self._fold = np.ascontiguousarray(np.einsum("rtp,tp->rp", model.spread, per_target))
+        constant = np.repeat(head.intercept, n_experts) + (per_target * model.mean).sum(axis=0)
+        self._constant = constant.reshape(n_layers, n_experts).astype(np.float32)
+
+    def __call__(self, row: NDArray[np.float32], squeezed: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return log-odds (n_layers, n_experts) of `Features.now`, the context multiplied by `squeeze`."""
+        if self._head.estimators is not None:
+            return self._slow(row, squeezed)
+        answer: NDArray[np.float32] = np.matmul(self._weights, row)[:, 0]
+        answer += (squeezed @ self._fold).reshape(answer.shape)
+        answer += self._constant
+        return answer
+
+    def _slow(self, row: NDArray[np.float32], squeezed: NDArray[np.float32]) -> NDArray[np.float32]:
+        assert self._head.estimators is not None
+        inputs = all_inputs(self._model, row[None], squeezed[None])[0]
+        chances = [
+            fitted.predict_proba(inputs[layer].T)[:, 1] for layer, fitted in enumerate(self._head.estimators)
+        ]
+        return log_odds(np.array(chances, np.float32))
+
+
+def all_inputs(
+    model: Model, rows: NDArray[np.floating[Any]], squeezed: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Return every input (n, n_layers, n_inputs, n_experts) of the heads."""
+    n_layers, n_experts = model.shape.table
+    context = np.tensordot(squeezed, model.spread, axes=1) + model.mean
+    context = context.reshape(len(rows), len(TARGETS), n_layers, n_experts).transpose(0, 2, 1, 3)
+    return np.concatenate((rows.astype(np.float32), context), axis=2)
+
+
+def ahead_inputs(surprise: NDArray[np.float32], layer: int, distance: int) -> NDArray[np.float32]:
+    """Return the surprises (n, AHEAD_LAYERS * n_experts) of the layers known `distance` before `layer`."""
+    n, _, n_experts = surprise.shape
+    inputs = np.zeros((n, AHEAD_LAYERS, n_experts), np.float32)
+    for i, source in enumerate(range(layer - distance, layer - distance - AHEAD_LAYERS, -1)):
+        if source >= 0:
+            inputs[:, i] = surprise[:, source]
+    return inputs.reshape(n, -1)
+
+
+def log_odds(chance: NDArray[np.float32]) -> NDArray[np.float32]:
+    clipped = np.clip(chance, 1e-6, 1 - 1e-6)
+    odds: NDArray[np.float32] = np.log(clipped / (1 - clipped))
+    return odds
+
+
+def chance(log_odds: NDArray[np.float32]) -> NDArray[np.float32]:
+    result: NDArray[np.float32] = 1 / (1 + np.exp(-log_odds))
+    return result

@@ -1,0 +1,396 @@
+"""Fit the classifier on recorded traces."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fate_policy import features, model
+from fate_policy.errors import TraceError
+from fate_policy.features import Features, Shape
+from fate_policy.model import AHEAD, AHEAD_LAYERS, INPUTS, TARGETS, Head, Model
+from fate_policy.trace import Trace
+
+Say = Callable[[str], None]
+FAR = 255
+"""The distance of uses that are farther away, or never come."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to fit; the defaults were chosen on training prompts.
+
+    heads : the (share of slots, window) pairs that keep and late heads are fitted for
+    sample_every : rows are taken at every so many tokens
+    rank_basis, rank : length of a token's summary, and of the squeezed context
+    ridge : penalty of the context's regression, in mean squares of its inputs
+    penalty : C of the logistic regression
+    estimator : "module:Class" of a scikit-learn classifier with predict_proba, instead of the linear one
+    """
+
+    heads: tuple[tuple[float, int], ...] = ((0.25, 4), (0.5, 12))
+    sample_every: int = 6
+    max_rows: int = 160_000
+    rank_basis: int = 128
+    rank: int = 160
+    ridge: float = 0.05
+    penalty: float = 1.0
+    n_folds: int = 3
+    seed: int = 0
+    estimator: str | None = None
+    table_minimum: int = 2
+
+
+def shape_of(trace: Trace) -> Shape:
+    return Shape(np.array(trace.meta["n_experts"], np.int32), np.array(trace.meta["k"], np.int32))
+
+
+def split(trace: Trace, share: float = 0.5) -> tuple[Trace, Trace]:
+    """Cut a trace in two at the prompt nearest below `share` of its prompts."""
+    cut = int(trace.prompt_start[int(len(trace.prompt_start) * share)])
+    return trace.slice(0, cut), trace.slice(cut, trace.n_tokens)
+
+
+def fit(traces: Sequence[Trace], options: Options | None = None, say: Say = lambda text: None) -> Model:
+    """Return the model fitted on all of these traces."""
+    options = options or Options()
+    shape = shape_of(traces[0])
+    if any(shape_of(trace).n_experts.tolist() != shape.n_experts.tolist() for trace in traces):
+        raise TraceError("the traces to train on are of models with different layers or experts")
+    basis, center = _basis(traces, shape, options.rank_basis)
+    say("features")
+    seen = _follow(traces, shape, basis, center, options)
+    say("context")
+    fitted = Model(
+        shape=shape,
+        basis=basis,
+        center=center,
+        squeeze=np.zeros((seen.contexts.shape[1], 1), np.float32),
+        spread=np.zeros((1, len(TARGETS), basis.shape[0]), np.float32),
+        mean=np.zeros((len(TARGETS), basis.shape[0]), np.float32),
+        heads=[],
+        ahead=np.zeros((0,), np.float32),
+    )
+    fitted, predicted = _fit_context(fitted, seen, options)
+    heads = []
+    questions = [("now", 1, 0.0)]
+    questions += [(kind, window, share) for share, window in options.heads for kind in ("keep", "late")]
+    for kind, window, share in questions:
+        say(f"{kind} {window}")
+        heads.append(_fit_head(fitted, seen, predicted, kind, window, share, options))
+    fitted = replace(fitted, heads=heads)
+    say("layers ahead")
+    return replace(
+        fitted,
+        ahead=_fit_ahead(fitted, seen, predicted, options),
+        tables=(
+            seen.state.tokens.state(options.table_minimum),
+            seen.state.pairs.state(options.table_minimum),
+        ),
+        meta={
+            "sklearn": version("scikit-learn"),
+            "model": traces[0].meta.get("model"),
+            "traces": [trace.hash() for trace in traces],
+            "tokens": identity(traces[0]),
+            "estimator": options.estimator or "linear",
+            "seed": options.seed,
+        },
+    )
+
+
+def identity(trace: Trace) -> str:
+    """Say what names a token in this trace: its id, or the CRC-32 of its text, or nothing."""
+    if (trace.token_id >= 0).any():
+        return "id"
+    return "crc32" if trace.token_hash is not None else "none"
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What one pass over the training tokens gave; rows only of the sampled tokens.
+
+    contexts : (n_tokens, n_context);  prompt : (n_tokens,);  sampled : (n,)
+    rows : float16 (n, n_layers, n_features, n_experts)
+    next_use, next_but_one : uint8 (n, n_layers, n_experts): tokens to the first use after this token, and
+        after the next one
+    """
+
+    contexts: NDArray[np.float32]
+    prompt: NDArray[np.int64]
+    ids: NDArray[np.int32]
+    sampled: NDArray[np.int64]
+    rows: NDArray[np.float16]
+    next_use: NDArray[np.uint8]
+    next_but_one: NDArray[np.uint8]
+    state: Features
+
+    def used(self, at: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return which experts these tokens used, (n, n_layers, n_experts)."""
+        return uses(self.ids[at], self.next_use.shape[2])
+
+
+def uses(ids: NDArray[np.int32], n_experts: int) -> NDArray[np.bool_]:
+    """Return ids (n, n_layers, k) as bool (n, n_layers, n_experts)."""
+    found = np.zeros((*ids.shape[:2], n_experts + 1), np.bool_)
+    np.put_along_axis(found, np.where(ids >= 0, ids, n_experts), True, axis=2)
+    return found[:, :, :-1]
+
+
+def _basis(
+    traces: Sequence[Trace], shape: Shape, rank: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return the directions in which the routing of tokens varies most."""
+    n = shape.table[0] * shape.table[1]
+    moment = np.zeros((n, n), np.float32)
+    total = np.zeros(n)
+    n_tokens = 0
+    for trace in traces:
+        for start in range(0, trace.n_tokens, 4096):
+            used = uses(trace.experts(start, start + 4096), shape.table[1]).reshape(-1, n).astype(np.float32)
+            moment += used.T @ used
+            total += used.sum(axis=0)
+            n_tokens += len(used)
+    mean = total / n_tokens
+    _, vectors = np.linalg.eigh(moment.astype(np.float64) / n_tokens - np.outer(mean, mean))
+    basis = np.ascontiguousarray(vectors[:, -min(rank, n) :]).astype(np.float32)
+    return basis, (mean @ basis).astype(np.float32)
+
+
+def _follow(
+    traces: Sequence[Trace],
+    shape: Shape,
+    basis: NDArray[np.float32],
+    center: NDArray[np.float32],
+    options: Options,
+) -> _Seen:
+    state = Features(shape, basis, center)
+    n_tokens = sum(trace.n_tokens for trace in traces)
+    ids = np.concatenate([trace.experts() for trace in traces])
+    prompt = np.concatenate([trace.sequence.astype(np.int64) + i * 2**32 for i, trace in enumerate(traces)])
+    tokens = np.concatenate([trace.tokens for trace in traces])
+    decode = np.concatenate([trace.is_decode for trace in traces])
+    sampled = np.flatnonzero(decode[: n_tokens - 1])
+    sampled = sampled[(sampled >= min(2000, n_tokens // 20)) & (sampled % options.sample_every == 0)]
+    contexts = np.zeros((n_tokens, state.n_context), np.float32)
+    rows = np.zeros((len(sampled), shape.table[0], len(features.NAMES), shape.table[1]), np.float16)
+    due = iter([*sampled.tolist(), n_tokens])
+    n, token_due = 0, next(due)
+    for t in range(n_tokens):
+        state.expect(int(tokens[t]), int(prompt[t]))
+        row, contexts[t] = state.now()
+        if t == token_due:
+            rows[n] = row
+            n, token_due = n + 1, next(due)
+        state.observe(ids[t], int(tokens[t]), int(prompt[t]))
+    return _Seen(
+        contexts=contexts,
+        prompt=np.unique(prompt, return_inverse=True)[1],
+        ids=ids,
+        sampled=sampled,
+        rows=rows,
+        next_use=next_uses(ids, shape.table[1], sampled),
+        next_but_one=next_uses(ids, shape.table[1], sampled + 1),
+        state=state,
+    )
+
+
+def next_uses(ids: NDArray[np.int32], n_experts: int, at: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Return, for sorted tokens `at`, the tokens to each expert's first use after it, at most `FAR`."""
+    n_tokens, n_layers, _ = ids.shape
+    result = np.empty((len(at), n_layers, n_experts), np.uint8)
+    distance = np.full((n_layers, n_experts + 1), FAR, np.uint8)
+    layers = np.arange(n_layers)[:, None]
+    n = len(at) - 1
+    for t in range(n_tokens - 1, -1, -1):
+        while n >= 0 and at[n] == t:
+            result[n] = distance[:, :-1]
+            n -= 1
+        np.minimum(distance, FAR - 1, out=distance)
+        distance += 1
+        distance[layers, ids[t]] = 1
+    return result
+
+
+def _fit_context(fitted: Model, seen: _Seen, options: Options) -> tuple[Model, NDArray[np.float32]]:
+    """Fit the context's regression; also predict each sampled token by a fit without its prompts."""
+    n_tokens, n_context = seen.contexts.shape
+    fold = seen.prompt * options.n_folds // (seen.prompt[-1] + 1)
+    fold[: min(500, n_tokens // 20)] = options.n_folds  # the tables have yet to fill
+    n_out = len(TARGETS) * fitted.basis.shape[0]
+    moment = np.zeros((options.n_folds, n_context, n_context))
+    product = np.zeros((options.n_folds, n_context, n_out))
+    total = np.zeros((options.n_folds, n_out))
+    count = np.zeros(options.n_folds)
+    sums = np.zeros((options.n_folds, n_context))
+    for start, wanted in _targets(seen):
+        part = fold[start : start + len(wanted)]
+        context = seen.contexts[start : start + len(wanted)]
+        for f in range(options.n_folds):
+            chosen = context[part == f]
+            answers = wanted[part == f]
+            moment[f] += chosen.T @ chosen
+            product[f] += chosen.T @ answers
+            total[f] += answers.sum(axis=0)
+            sums[f] += chosen.sum(axis=0)
+            count[f] += len(chosen)
+    predicted = np.empty((len(seen.sampled), n_out), np.float32)
+    whole = fitted
+    for out in range(options.n_folds + 1):
+        kept = np.arange(options.n_folds) != out
+        if not count[kept].sum():
+            kept[:] = True
+        n = count[kept].sum()
+        mean = total[kept].sum(axis=0) / n
+        square = moment[kept].sum(axis=0) / n
+        cross = (product[kept].sum(axis=0) - np.outer(sums[kept].sum(axis=0), mean)) / n
+        squeeze, spread = _reduced(square, cross, options)
+        at = np.flatnonzero(fold[seen.sampled] == out)
+        if out == options.n_folds:
+            whole = replace(
+                fitted,
+                squeeze=squeeze,
+                spread=spread.reshape(len(spread), len(TARGETS), -1),
+                mean=mean.reshape(len(TARGETS), -1).astype(np.float32),
+            )
+        predicted[at] = seen.contexts[seen.sampled[at]] @ squeeze @ spread + mean
+    n_layers, n_experts = fitted.shape.table
+    return whole, predicted.reshape(-1, len(TARGETS), n_layers, n_experts).transpose(0, 2, 1, 3)
+
+
+def _reduced(
+    square: NDArray[np.float64], cross: NDArray[np.float64], options: Options
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Solve the ridge regression and keep the directions that explain most of its predictions."""
+    n = len(square)
+    penalty = options.ridge * np.trace(square) / n * np.eye(n)
+    weights = np.linalg.solve(square + penalty, cross)
+    root = np.linalg.cholesky(square + penalty * 0.01).T
+    explained = root @ weights
+    _, vectors = np.linalg.eigh(explained @ explained.T)
+    vectors = vectors[:, -min(options.rank, n) :]
+    squeeze = np.linalg.solve(root, vectors)
+    return squeeze.astype(np.float32), (vectors.T @ explained).astype(np.float32)
+
+
+def _targets(seen: _Seen, chunk: int = 2048) -> Any:
+    """Yield (start, targets (n, n_out)) from the end: use now, then decayed uses to come, as in TARGETS."""
+    n_tokens = len(seen.ids)
+    n_layers, n_experts = seen.next_use.shape[1:]
+    soon = np.zeros((n_layers, n_experts), np.float32)
+    after = soon.copy()
+    for start in range((n_tokens - 1) // chunk * chunk, -1, -chunk):
+        used = uses(seen.ids[start : start + chunk], n_experts)
+        wanted = np.empty((len(used), len(TARGETS), n_layers, n_experts), np.float32)
+        for i in range(len(used) - 1, -1, -1):
+            wanted[i] = used[i], soon, after
+            after = soon
+            soon = 0.75 * soon + 0.25 * used[i]
+        yield start, wanted.reshape(len(used), -1)
+
+
+def _fit_head(
+    fitted: Model,
+    seen: _Seen,
+    predicted: NDArray[np.float32],
+    kind: str,
+    window: int,
+    share: float,
+    options: Options,
+) -> Head:
+    n_layers = fitted.shape.table[0]
+    here, following = seen.used(seen.sampled), seen.used(seen.sampled + 1)
+    ask = {"now": np.ones_like(here), "keep": ~here, "late": ~following}[kind]
+    answer = {
+        "now": here,
+        "keep": seen.next_use <= window,
+        "late": seen.next_but_one <= window,
+    }[kind]
+    estimators: list[Any] = []
+    coef = np.zeros((n_layers, len(INPUTS)), np.float32)
+    intercept = np.zeros(n_layers, np.float32)
+    bonus = np.zeros(n_layers, np.float32)
+    rng = np.random.default_rng(options.seed)
+    for layer in range(n_layers):
+        n_real = int(fitted.shape.n_experts[layer])
+        token, expert = np.nonzero(ask[:, layer, :n_real])
+        if len(token) > options.max_rows:
+            some = np.sort(rng.choice(len(token), options.max_rows, replace=False))
+            token, expert = token[some], expert[some]
+        inputs = np.concatenate(
+            (
+                seen.rows[token, layer, :, expert].astype(np.float32),
+                predicted[token, layer, :, expert],
+                here[token, layer, expert, None].astype(np.float32),
+            ),
+            axis=1,
+        )
+        if kind != "late":
+            inputs = inputs[:, :-1]
+        wanted = answer[token, layer, expert]
+        if options.estimator:
+            fitted_one = make_estimator(options.estimator, options.seed)
+            estimators.append(fitted_one.fit(inputs[:, : len(INPUTS)], wanted))
+            bonus[layer] = 2 if kind == "late" else 0
+            continue
+        linear = _fit_linear(inputs, wanted, options)
+        coef[layer] = linear[: len(INPUTS)]
+        intercept[layer] = linear[-1]
+        if kind == "late":
+            bonus[layer] = linear[len(INPUTS)]
+    return Head(kind, window, share, coef, intercept, bonus, estimators or None)
+
+
+def _fit_linear(
+    inputs: NDArray[np.float32], wanted: NDArray[np.bool_], options: Options
+) -> NDArray[np.float32]:
+    """Return the coefficients of the inputs and the intercept of a logistic regression."""
+    from sklearn.linear_model import LogisticRegression
+
+    if wanted.all() or not wanted.any():
+        return np.zeros(inputs.shape[1] + 1, np.float32)
+    center, scale = inputs.mean(axis=0), inputs.std(axis=0)
+    scale[scale < 1e-6] = 1
+    fitted = LogisticRegression(C=options.penalty, solver="newton-cholesky", max_iter=30, tol=1e-3)
+    fitted.fit((inputs - center) / scale, wanted)
+    coef = fitted.coef_[0] / scale
+    return np.append(coef, fitted.intercept_[0] - coef @ center).astype(np.float32)
+
+
+def make_estimator(name: str, seed: int) -> Any:
+    """Return a new scikit-learn classifier of "module:Class", with the seed if it takes one."""
+    module, _, cls = name.partition(":")
+    made = getattr(importlib.import_module(module), cls)()
+    if "random_state" in made.get_params():
+        made.set_params(random_state=seed)
+    return made
+
+
+def _fit_ahead(
+    fitted: Model, seen: _Seen, predicted: NDArray[np.float32], options: Options
+) -> NDArray[np.float32]:
+    """Fit what the surprises of earlier layers of the same token say about a layer's own."""
+    n_layers, n_experts = fitted.shape.table
+    now = seen.used(seen.sampled)
+    head = fitted.head("now")
+    if head.estimators is None:
+        odds = np.einsum("lf,nlfe->nle", head.coef[:, : len(features.NAMES)], seen.rows, optimize=True)
+        odds += np.einsum("lt,nlte->nle", head.coef[:, len(features.NAMES) :], predicted, optimize=True)
+        odds += head.intercept[:, None]
+        expected = model.chance(odds.astype(np.float32))
+    else:
+        expected = predicted[:, :, 0]
+    surprise = now - expected
+    ahead = np.zeros((AHEAD, n_layers, AHEAD_LAYERS * n_experts, n_experts), np.float32)
+    for distance in range(1, AHEAD + 1):
+        for layer in range(distance, n_layers):
+            inputs = model.ahead_inputs(surprise, layer, distance)
+            square = inputs.T @ inputs
+            square += np.eye(len(square)) * max(1.0, 0.02 * len(inputs) * 0.05)
+            ahead[distance - 1, layer] = np.linalg.solve(square, inputs.T @ surprise[:, layer])
+    return ahead
