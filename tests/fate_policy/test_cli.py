@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +88,17 @@ def test_plan_writes_slots_and_shows_what_they_gain(capsys: pytest.CaptureFixtur
 def test_an_error_is_one_line(command: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command) == 1
     assert message in capsys.readouterr().err
+
+
+def test_what_the_lab_needs_is_asked_for_only_there() -> None:
+    """`import fate_policy` works without numba, and `fate replay` names what to install."""
+    script = (
+        "import sys; sys.modules['numba'] = None\n"
+        "from fate_bind.__main__ import main\n"
+        "sys.exit(main(['replay', 'real']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "fate: error: replay in compiled loops needs numba: run `pip install 'fate[lab]'`\n"
+    )
