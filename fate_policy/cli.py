@@ -17,6 +17,7 @@ from fate_policy.errors import FateError, PolicyConfigError, TraceError
 COMMANDS = {
     "replay": "replay routing traces: policies x capacities x traces in one table",
     "report": "write one HTML page about a trace",
+    "train": "fit the classifier on a trace and hold it against the simple rules",
     "plan": "share a memory budget out over the layers",
 }
 
@@ -194,6 +195,18 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    from fate_policy import train_command
+
+    train_command.arguments(parser)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from fate_policy import train_command
+
+    return train_command.run(args)
+
+
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trace", nargs="+", required=True, metavar="TRACE", help="what it is solved on; a file or a name"
@@ -259,4 +272,5 @@ _PARTS: dict[str, _Part] = {
     "replay": (_replay_arguments, _replay),
     "report": (_report_arguments, _report),
     "plan": (_plan_arguments, _plan),
+    "train": (_train_arguments, _train),
 }

@@ -265,10 +265,9 @@ class Features:
         if at < 0 or table.n[at, when] == 0:
             return base
         sums = table.sums[at, when, : self._size].astype(np.float32).reshape(base.shape)
-        share: NDArray[np.float32] = (sums + np.float32(strength) * base) / np.float32(
-            table.n[at, when] + strength
-        )
-        return share
+        sums += np.float32(strength) * base
+        sums /= table.n[at, when] + np.float32(strength)
+        return sums
 
     def _repeat(self, row: NDArray[np.float32], context: NDArray[np.float32]) -> None:
         match = self._match

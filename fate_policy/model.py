@@ -43,6 +43,10 @@ class Head:
     bonus: NDArray[np.float32]
     estimators: list[Any] | None = None
 
+    @property
+    def name(self) -> str:
+        return self.kind if self.kind == "now" else f"{self.kind} {self.share:g}/{self.window}"
+
 
 @dataclass(frozen=True, eq=False)
 class Model:
@@ -240,10 +244,9 @@ def ahead_inputs(surprise: NDArray[np.float32], layer: int, distance: int) -> ND
 
 def log_odds(chance: NDArray[np.float32]) -> NDArray[np.float32]:
     clipped = np.clip(chance, 1e-6, 1 - 1e-6)
-    odds: NDArray[np.float32] = np.log(clipped / (1 - clipped))
+    odds: NDArray[np.float32] = np.log(clipped / (np.float32(1) - clipped), dtype=np.float32)
     return odds
 
 
 def chance(log_odds: NDArray[np.float32]) -> NDArray[np.float32]:
-    result: NDArray[np.float32] = 1 / (1 + np.exp(-log_odds))
-    return result
+    return np.reciprocal(np.exp(-log_odds) + np.float32(1), dtype=np.float32)

@@ -100,8 +100,23 @@ def fit(traces: Sequence[Trace], options: Options | None = None, say: Say = lamb
             "tokens": identity(traces[0]),
             "estimator": options.estimator or "linear",
             "seed": options.seed,
+            "prompts": len(np.unique(seen.prompt)),
+            "importance": importances(fitted, seen.rows, predicted),
         },
     )
+
+
+def importances(
+    fitted: Model, rows: NDArray[np.float16], predicted: NDArray[np.float32]
+) -> dict[str, dict[str, float]]:
+    """Return, by head, how far a deviation of each input moves the log-odds, the mean over layers."""
+    some = slice(None, None, max(1, len(rows) // 500))
+    inputs = np.concatenate((rows[some].astype(np.float32), predicted[some]), axis=2)
+    spread = inputs.std(axis=(0, 3))
+    return {
+        head.name: dict(zip(INPUTS, (np.abs(head.coef) * spread).mean(axis=0).tolist(), strict=True))
+        for head in fitted.heads
+    }
 
 
 def identity(trace: Trace) -> str:

@@ -34,7 +34,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_names_are_the_built_in_ones() -> None:
-    assert registry.names()[:5] == ["lru", "frequency", "static", "random", "belady"]
+    assert registry.names()[:6] == ["lru", "frequency", "static", "random", "classifier", "belady"]
     assert registry.get("lru") is LRU
 
 
@@ -97,7 +97,7 @@ def test_installed_policies_are_entry_points(own: Path, monkeypatch: pytest.Monk
         EntryPoint("lru", "own_policy:Own", registry.ENTRY_POINTS),
     ]
     monkeypatch.setattr(registry, "entry_points", lambda group: points)
-    assert registry.names()[5:] == ["broken", "own"]
+    assert registry.names()[6:] == ["broken", "own"]
     assert registry.get("lru") is LRU
     assert registry.get("own").__name__ == "Own"
     described = {row.name: row for row in registry.describe()}

@@ -1,0 +1,243 @@
+"""`fate train`: fit the classifier, hold it against the simple rules, write the model and a report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fate_policy import assess, cost, data, trace, train, tune
+from fate_policy.errors import FateError
+from fate_policy.trace import Trace
+
+QUICK_TOKENS, QUICK_TEST_TOKENS = 10_000, 4_000
+REPETITIVE = 2
+"""The bit of `seq_flags` by which the source marks a prompt whose answer repeats itself."""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "trace", metavar="TRACE", help="fitted on the first half of its prompts, tested on the second"
+    )
+    parser.add_argument("--test", nargs="+", default=[], metavar="TRACE", help="also tested on, whole")
+    parser.add_argument("--traces", metavar="DIR", help="folder in which names are looked for")
+    parser.add_argument("-o", "--output", type=Path, default=Path("classifier.npz"), metavar="FILE")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="JSON; a plot beside it (default: by --output)"
+    )
+    parser.add_argument("--quick", action="store_true", help="few tokens, nothing tuned: under a minute")
+    parser.add_argument(
+        "--estimator", metavar="MODULE:CLASS", help="a scikit-learn classifier with predict_proba"
+    )
+    parser.add_argument(
+        "--compare",
+        nargs="*",
+        metavar="MODULE:CLASS",
+        help="score estimators on held-out tokens (default: gradient boosting and a small network)",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> int:
+    began = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"{time.perf_counter() - began:6.1f} s  {text}", file=sys.stderr, flush=True)
+
+    path = data.find(args.trace, args.traces)
+    whole = trace.load(path)
+    if len(whole.prompt_start) < 2:
+        raise FateError(f"trace {args.trace} holds one prompt, which cannot be split into two halves")
+    first, second = train.split(whole)
+    options = train.Options(seed=args.seed, estimator=args.estimator)
+    thresholds: dict[str, float] = {}
+    if args.quick:
+        first, second = (
+            _first_prompts(part, n) for part, n in ((first, QUICK_TOKENS), (second, QUICK_TEST_TOKENS))
+        )
+        options = replace(options, sample_every=8, n_folds=2)
+    elif args.estimator is None:
+        say("windows and thresholds, inside the training prompts")
+        options, thresholds = tune.tune(first, options, lambda text: None)
+    say(f"fit on {len(first.prompt_start)} prompts, {first.n_tokens} tokens")
+    fitted = train.fit([first], options, say)
+    fitted = replace(fitted, meta={**fitted.meta, "prefetch": thresholds})
+    tests: dict[str, Trace] = {f"{path.stem} (second half)": second}
+    for name in args.test:
+        other = data.find(name, args.traces)
+        unseen = trace.load(other)
+        tests[other.stem] = _first_prompts(unseen, QUICK_TEST_TOKENS) if args.quick else unseen
+    half_lives = assess.best_half_lives([first])
+    report: dict[str, Any] = {
+        "trained_on": {"trace": path.stem, "prompts": len(first.prompt_start), "tokens": first.n_tokens},
+        "heads": dict(options.heads),
+        "prefetch_thresholds": thresholds,
+        "half_lives": {f"{rule} {share:g}": best for (rule, share), best in half_lives.items()},
+        "importance": fitted.meta["importance"],
+        "milliseconds": _milliseconds(fitted),
+        "tests": {},
+    }
+    shares = (0.25, 0.5) if args.quick else assess.SHARES
+    for name, test in tests.items():
+        say(f"test on {name}")
+        report["tests"][name] = assess.assess(fitted, test, half_lives, shares=shares)
+        if not args.quick:
+            say(f"test on {name}, nothing learned")
+            report["tests"][f"{name}, frozen"] = assess.assess(
+                fitted, test, half_lives, learn=False, shares=shares
+            )
+            plain = _without_repetitive(test, data.find(name.partition(" (")[0], args.traces))
+            if plain is not None:
+                say(f"test on {name}, without repetitive prompts")
+                report["tests"][f"{name}, without repetitive prompts"] = assess.assess(
+                    fitted, plain, half_lives, shares=shares
+                )
+    if args.compare is not None:
+        names = args.compare or [
+            "sklearn.ensemble:HistGradientBoostingClassifier",
+            "sklearn.neural_network:MLPClassifier",
+        ]
+        report["estimators"] = _compare(first, second, options, names, say)
+    held_out = {
+        name: [
+            {key: row[key] for key in ("share", "lru", "optimum", "sync", "delayed")}
+            for row in test["evictions"]
+        ]
+        for name, test in report["tests"].items()
+    }
+    fitted = replace(fitted, meta={**fitted.meta, "held_out": held_out})
+    fitted.save(args.output)
+    target = args.report or args.output.with_suffix(".json")
+    target.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    _plot(report, target.with_suffix(".png"))
+    print(as_text(report))
+    say(f"wrote {args.output}, {target} and {target.with_suffix('.png')}")
+    return 0
+
+
+def _milliseconds(fitted: Any) -> dict[str, dict[str, float]]:
+    models = {"this model": fitted, "48 x 128": cost.untrained([128] * 48, [8] * 48)}
+    if fitted.heads[0].estimators is not None:
+        models.pop("this model")
+    return {
+        name: {what: 1000 * seconds for what, seconds in cost.table_seconds(model).items()}
+        for name, model in models.items()
+    }
+
+
+def _first_prompts(whole: Trace, n_tokens: int) -> Trace:
+    ends = [*whole.prompt_start[1:].tolist(), whole.n_tokens]
+    return whole.slice(0, next((end for end in ends if end >= n_tokens), whole.n_tokens))
+
+
+def _without_repetitive(test: Trace, path: Path) -> Trace | None:
+    with np.load(path, allow_pickle=False) as file:
+        if "seq_flags" not in file.files:
+            return None
+        flags = file["seq_flags"]
+    first = int(test.sequence[0])
+    return assess.of_prompts(test, (flags[first : first + len(test.prompt_start)] & REPETITIVE) == 0)
+
+
+def _compare(first: Trace, second: Trace, options: train.Options, names: list[str], say: Any) -> Any:
+    """Fit each estimator on few tokens and test it on few, all alike."""
+    first, second = _first_prompts(first, QUICK_TOKENS), _first_prompts(second, QUICK_TEST_TOKENS // 4)
+    rows = {}
+    few = replace(options, sample_every=16, max_rows=20_000, heads=((0.25, 4),))
+    half_lives = assess.best_half_lives([first])
+    for name in ("linear", *names):
+        say(f"estimator {name}")
+        began = time.perf_counter()
+        fitted = train.fit([first], replace(few, estimator=None if name == "linear" else name))
+        spent = time.perf_counter() - began
+        began = time.perf_counter()
+        tables = assess.serve(fitted, second)
+        per_table = (time.perf_counter() - began) / second.n_tokens / len(fitted.heads)
+        row = assess.evictions(fitted, second, tables, half_lives, (0.25,))[0]
+        found = assess.predictions(fitted, second, tables)
+        rows[name] = {
+            "hit_rate": row["sync"],
+            "closed": row["sync_closed"],
+            "evicts_as_optimum": row["evicts_as_optimum"],
+            "recall_at_k": found["boundary"]["at_k"],
+            "brier": found["calibration"]["brier"],
+            "fit_seconds": spent,
+            "ms_per_table": 1000 * per_table,
+        }
+    return rows
+
+
+def as_text(report: Mapping[str, Any]) -> str:
+    """Return the report as lines to read."""
+    lines = [
+        "trained on {trace}: {prompts} prompts, {tokens} tokens".format(**report["trained_on"]),
+        "one table: "
+        + ", ".join(
+            f"{cost['table']:.2f} ms (taking in a token {cost['observe']:.2f} ms) for {name}"
+            for name, cost in report["milliseconds"].items()
+        ),
+    ]
+    for name, test in report["tests"].items():
+        lines += ["", f"{name}: {test['prompts']} prompts, {test['tokens']} tokens"]
+        heads: tuple[str, ...] = ("share", "lru", "lfu", "frequency", "lfru", "sync", "delayed", "optimum")
+        heads += ("sync_closed", "delayed_closed", "sync_optional", "optimum_optional")
+        lines.append("  " + "  ".join(heads))
+        for row in test["evictions"]:
+            lines.append("  " + "  ".join(f"{_number(row[head]):>{len(head)}}" for head in heads))
+        found = test["predictions"]
+        for where in ("boundary", "ahead_1", "ahead_2"):
+            recall = found[where]
+            lines.append(f"  recall {where}: {recall['at_k']:.3f} at k, {recall['at_2k']:.3f} at 2k")
+        lines.append(
+            "  chances are off by {error:.4f} on average, Brier {brier:.4f}".format(**found["calibration"])
+        )
+        for row in test["evictions"]:
+            if row.get("evicts_as_optimum") is not None:
+                lines.append(
+                    "  evictions at {share:g}: {evicts_as_optimum:.3f} as the optimum (LRU "
+                    "{lru_evicts_as_optimum:.3f}), {used_again:.3f} used again too soon (LRU "
+                    "{lru_used_again:.3f})".format(**row)
+                )
+        for row in test["prefetch"]:
+            lines.append(
+                "  prefetch at {share:g}: {per_token:.1f} a token of at most {budget:.1f}; {misses_gone:.3f} "
+                "of the misses gone, {used:.3f} used, {bytes:.3f} x the bytes".format(**row)
+            )
+    for name, row in report.get("estimators", {}).items():
+        lines.append(f"estimator {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in row.items()))
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _plot(report: Mapping[str, Any], path: Path) -> None:
+    """Draw how chances hold on every test, and what each input weighs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot([0, 1], [0, 1], color="lightgrey")
+    for name, test in report["tests"].items():
+        found = test["predictions"]["calibration"]
+        left.plot(found["expected"], found["happened"], marker="o", label=name)
+    left.set(xlabel="chance of use, as predicted", ylabel="share used")
+    left.legend(fontsize="small")
+    heads = report["importance"]
+    first = next(iter(heads.values()))
+    names = sorted(first, key=lambda name: max(head[name] for head in heads.values()))
+    for i, (head, weights) in enumerate(heads.items()):
+        places = np.arange(len(names)) + (i - len(heads) / 2) * 0.15
+        right.barh(places, [weights[name] for name in names], height=0.15, label=head)
+    right.set_yticks(np.arange(len(names)), names, fontsize="small")
+    right.set(xlabel="effect of one standard deviation on the log-odds")
+    right.legend(fontsize="small")
+    figure.savefig(path, dpi=100)

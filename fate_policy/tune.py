@@ -1,0 +1,74 @@
+"""Choose windows and thresholds inside the training prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from fate_policy import assess, train
+from fate_policy.kernels import Routing, simulate_scores
+from fate_policy.model import Model, chance
+from fate_policy.prefetch import simulate_prefetch
+from fate_policy.trace import Trace
+
+WINDOWS = {0.25: (3, 4, 6, 8), 0.5: (6, 8, 12, 16)}
+THRESHOLDS = {0.25: (0.5, 0.6, 0.65, 0.7, 0.75, 0.8), 0.5: (0.1, 0.15, 0.2, 0.25, 0.3, 0.4)}
+HELD_OUT = 1 / 3
+
+
+def tune(
+    trace: Trace, options: train.Options, say: Callable[[str], None]
+) -> tuple[train.Options, dict[str, float]]:
+    """Fit on the first two thirds of the prompts, choose on the last third.
+
+    Returns the options with the windows that hit most, and the prefetch thresholds by share of slots: the
+    one that removes most misses at no more bytes than `assess.PREFETCH` allows.
+    """
+    fitting, judging = train.split(trace, 1 - HELD_OUT)
+    grid = tuple((share, window) for share, windows in WINDOWS.items() for window in windows)
+    fitted = train.fit([fitting], replace(options, heads=grid, estimator=None), say)
+    tables = assess.serve(fitted, judging)
+    routing = Routing.of_trace(judging)
+    hits: dict[tuple[float, int], float] = {}
+    for head in fitted.heads[1:]:
+        delayed = head.kind == "late"
+        result = simulate_scores(
+            routing,
+            assess.slots_of(judging, head.share),
+            tables[head.name],
+            bonus=head.bonus if delayed else 0,
+            delay=int(delayed),
+        )
+        key = head.share, head.window
+        hits[key] = hits.get(key, 0) + result.hit_rate
+    heads = tuple(
+        (share, max(windows, key=lambda window: hits[share, window])) for share, windows in WINDOWS.items()
+    )
+    return replace(options, heads=heads), _thresholds(fitted, judging, tables, dict(heads))
+
+
+def _thresholds(
+    fitted: Model, judging: Trace, tables: assess.Tables, windows: dict[float, int]
+) -> dict[str, float]:
+    routing = Routing.of_trace(judging)
+    now = chance(tables["now"])
+    chosen = {}
+    for share, (part, default, most_bytes) in assess.PREFETCH.items():
+        keep = chance(tables[f"keep {share:g}/{windows[share]}"])
+        slots = assess.slots_of(judging, share)
+        without = simulate_prefetch(routing, slots, now, keep, per_token=0)
+        best = (without.misses, default)
+        for threshold in THRESHOLDS[share]:
+            spent = simulate_prefetch(
+                routing,
+                slots,
+                now,
+                keep,
+                threshold=threshold,
+                per_token=float(fitted.shape.k.sum()) / part,
+                carry_tokens=assess.CARRY_TOKENS,
+            )
+            if spent.bytes <= most_bytes * without.bytes:
+                best = min(best, (spent.misses, threshold))
+        chosen[f"{share:g}"] = best[1]
+    return chosen
