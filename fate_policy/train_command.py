@@ -18,6 +18,7 @@ from fate_policy.errors import FateError
 from fate_policy.trace import Trace
 
 QUICK_TOKENS, QUICK_TEST_TOKENS = 10_000, 4_000
+LEAST_PROMPTS = 6
 REPETITIVE = 2
 """The bit of `seq_flags` by which the source marks a prompt whose answer repeats itself."""
 
@@ -53,8 +54,11 @@ def run(args: argparse.Namespace) -> int:
 
     path = data.find(args.trace, args.traces)
     whole = trace.load(path)
-    if len(whole.prompt_start) < 2:
-        raise FateError(f"trace {args.trace} holds one prompt, which cannot be split into two halves")
+    if len(whole.prompt_start) < LEAST_PROMPTS:
+        raise FateError(
+            f"trace {args.trace} holds {len(whole.prompt_start)} prompts; to fit on some and test on others "
+            f"takes {LEAST_PROMPTS}"
+        )
     first, second = train.split(whole)
     options = train.Options(seed=args.seed, estimator=args.estimator)
     thresholds: dict[str, float] = {}

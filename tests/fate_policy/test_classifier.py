@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from policy_contract import (
+    SYNTHETIC,
+    PolicyContract,
+    geometry,
+    golden,
+    make_step,
+    random_ids,
+    real_trace,
+    synthetic_trace,
+)
+
+from fate_policy import cost, model, train
+from fate_policy.assess import serve
+from fate_policy.base import Geometry, Policy
+from fate_policy.classifier import Classifier
+from fate_policy.driver import Driver
+from fate_policy.errors import PolicyConfigError
+from fate_policy.kernels import Routing, simulate_scores
+from fate_policy.model import Model
+from fate_policy.replay import geometry_of, replay
+
+SMALL = train.Options(
+    sample_every=2, rank_basis=16, rank=16, n_folds=2, heads=((0.25, 4), (0.5, 8)), table_minimum=1
+)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> Model:
+    return train.fit([real_trace()], SMALL)
+
+
+@pytest.fixture(scope="module")
+def fitted_synthetic() -> Model:
+    return train.fit([synthetic_trace()], SMALL)
+
+
+class TestClassifier(PolicyContract):
+    name = "classifier"
+
+    @pytest.fixture(autouse=True)
+    def file(self, tmp_path: Path, fitted_synthetic: Model) -> None:
+        self.path = tmp_path / "model.npz"
+        fitted_synthetic.save(self.path)
+        type(self).params = {"model": str(self.path)}
+
+    def make_for(self, shape: Geometry) -> Policy:
+        made = cost.untrained(shape.n_experts.tolist(), shape.k.tolist())
+        made.save(self.path)
+        return Classifier.of(made)
+
+    def test_real_model_fits_the_time_budget(self) -> None:
+        """A score table of 48 layers of 128 experts takes less than 1 ms, and so does taking in a token."""
+        spent = cost.table_seconds(cost.untrained([128] * 48, [8] * 48))
+        assert spent["table"] < 1e-3
+        assert spent["observe"] < 1e-3
+
+
+def test_golden_counts(fitted: Model, fitted_synthetic: Model) -> None:
+    """A fit may differ in its last bits between machines, so these are near, not equal."""
+    hits = [
+        replay(real_trace(), Classifier.of(fitted), n_slots=8, **options).hits.sum()
+        for options in ({}, {"foretell": True})
+    ]
+    hits.append(replay(synthetic_trace(), Classifier.of(fitted_synthetic)).hits.sum())
+    assert hits == pytest.approx([28561, 29157, 2092], rel=0.003)
+
+
+def test_golden_counts_of_given_coefficients() -> None:
+    """A model whose only input is the rate of 16 tokens decides as the policy `frequency` does."""
+    made = cost.untrained([32] * 24, [4] * 24)
+    heads = []
+    for head in made.heads:
+        coef = np.zeros_like(head.coef)
+        coef[:, model.INPUTS.index("rate_16")] = 1
+        heads.append(replace(head, coef=coef, intercept=head.intercept * 0, bonus=head.bonus * 0))
+    counters = replay(real_trace(), Classifier.of(replace(made, heads=heads)), n_slots=8, foretell=True)
+    assert golden(counters) == (26893, 11507, 11507, 11315, 2816)
+
+
+def test_replay_asks_what_the_lab_serves(fitted: Model) -> None:
+    """Told the token, replay counts what the tables of `serve` give; untold, what they give a token late."""
+    routed = real_trace()
+    tables = serve(fitted, routed)
+    keep, late = fitted.head("keep", 0.25), fitted.head("late", 0.25)
+    told = replay(routed, Classifier.of(fitted), n_slots=8, foretell=True)
+    untold = replay(routed, Classifier.of(fitted), n_slots=8)
+    routing = Routing.of_trace(routed)
+    first = tables[keep.name].copy()
+    first[0] = 0  # the first token is not told
+    assert told == simulate_scores(routing, 8, first).counters
+    delayed = simulate_scores(routing, 8, tables[late.name], bonus=late.bonus, delay=1).counters
+    assert untold.hits.sum() == pytest.approx(delayed.hits.sum(), abs=3)
+
+
+def test_no_look_ahead(fitted: Model) -> None:
+    """Another future changes nothing that was decided before it."""
+    routed = real_trace()
+    ids = routed.ids.copy()
+    ids[300:] = ids[300:][::-1]
+    other = replace(routed, ids=ids)
+    tables = [serve(fitted, one) for one in (routed, other)]
+    for name in tables[0]:
+        assert np.array_equal(tables[0][name][:301], tables[1][name][:301])
+    assert not np.array_equal(tables[0]["now"][301:], tables[1]["now"][301:])
+    for foretell in (False, True):
+        counted = [
+            replay(one.slice(0, 300), Classifier.of(fitted), n_slots=8, foretell=foretell)
+            for one in (routed, other)
+        ]
+        assert counted[0] == counted[1]
+
+
+def test_predict_ranks_and_changes_nothing(fitted: Model) -> None:
+    routed = real_trace()
+    policy = Classifier.of(fitted)
+    driver = Driver(policy, geometry_of(routed, 8))
+    step = make_step(routed.experts(0, 1))
+    driver.observe(step, (5, 0))
+    before = policy.scores(driver.history).copy()
+    experts, chances = policy.predict(step, 7)
+    assert experts.shape == chances.shape == (24, 32)
+    assert (np.sort(experts, axis=1) == np.arange(32)).all()
+    assert (np.diff(chances, axis=1) <= 0).all()
+    assert ((chances > 0) & (chances < 1)).all()
+    assert np.array_equal(policy.scores(driver.history), before)
+    again = policy.predict(step, 7)
+    assert np.array_equal(again[0], experts)
+
+
+def test_the_file_gives_the_same_decisions(fitted: Model, tmp_path: Path) -> None:
+    fitted.save(tmp_path / "m.npz")
+    read = model.load(tmp_path / "m.npz")
+    assert read.meta["traces"] == [real_trace().hash()]
+    assert read.meta["inputs"] == list(model.INPUTS)
+    read.save(tmp_path / "again.npz")
+    routed = real_trace()
+    counted = [
+        replay(routed, Classifier(model=str(tmp_path / name)), n_slots=8) for name in ("m.npz", "again.npz")
+    ]
+    assert counted[0] == counted[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"sklearn": "0.1"}, "was fitted with scikit-learn 0.1, and this is"),
+        ({"inputs": ["one"]}, "was fitted with features"),
+        ({"version": 9}, "version 9, not 'fate-classifier' 1"),
+    ],
+)
+def test_a_mismatch_is_an_error(fitted: Model, tmp_path: Path, change: dict, fault: str) -> None:
+    path = tmp_path / "m.npz"
+    replace(fitted, meta={**fitted.meta, **change}).save(path)
+    with pytest.raises(PolicyConfigError, match=f"^model: .*{fault}"):
+        model.load(path)
+
+
+def test_files_that_are_no_model(tmp_path: Path) -> None:
+    (tmp_path / "text.npz").write_text("text", encoding="utf-8")
+    np.savez(tmp_path / "other.npz", meta=np.array(json.dumps({})))
+    for name, fault in (
+        ("text.npz", "is not a fitted model"),
+        ("other.npz", "cannot be read"),
+        ("no", "not exist"),
+    ):
+        with pytest.raises(PolicyConfigError, match=fault):
+            model.load(tmp_path / name)
+
+
+def test_another_geometry_is_an_error(fitted: Model) -> None:
+    with pytest.raises(PolicyConfigError, match="was fitted for n_experts"):
+        Driver(Classifier.of(fitted), SYNTHETIC)
+    with pytest.raises(PolicyConfigError, match="was fitted for k"):
+        Driver(Classifier.of(fitted), geometry([32] * 24, [2] * 24, [8] * 24))
+
+
+def test_batches_and_prompts_are_taken_in(fitted_synthetic: Model) -> None:
+    policy = Classifier.of(fitted_synthetic)
+    driver = Driver(policy, SYNTHETIC)
+    driver.observe(make_step(random_ids(100, SYNTHETIC, 1)))
+    driver.observe(make_step(random_ids(4, SYNTHETIC, 2), sequences=np.array([0, 1, 2, 1], np.int32)))
+    assert np.isfinite(policy.scores(driver.history)).all()

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from policy_contract import SYNTHETIC, random_ids, real_trace
+
+from fate_policy import features
+from fate_policy.features import LATER, LATER_DECAY, NAMES, Features, Shape, Table
+
+SHAPE = Shape(SYNTHETIC.n_experts, SYNTHETIC.k)
+N = 3 * 16
+
+
+def make(**options: float) -> Features:
+    basis = np.eye(N, 6, dtype=np.float32)
+    return Features(SHAPE, basis, np.zeros(6, np.float32), **options)
+
+
+def follow(state: Features, ids: NDArray[np.int32], tokens: list[int], sequence: int = 0) -> list[NDArray]:
+    """Return the features of each token, made before it was routed."""
+    rows = []
+    for row, token in zip(ids, tokens, strict=True):
+        state.expect(token, sequence)
+        rows.append(np.concatenate([part.ravel() for part in state.now()]))
+        state.observe(row, token, sequence)
+    return rows
+
+
+def column(state: Features, name: str) -> NDArray[np.float32]:
+    return state.now()[0][:, NAMES.index(name)]
+
+
+def test_nothing_depends_on_the_future() -> None:
+    ids = random_ids(60, SYNTHETIC, 3)
+    changed = ids.copy()
+    changed[40:] = random_ids(60, SYNTHETIC, 4)[40:]
+    tokens = [t % 7 for t in range(60)]
+    first, second = follow(make(), ids, tokens), follow(make(), changed, [*tokens[:41], *range(100, 119)])
+    for t in range(41):
+        assert np.array_equal(first[t], second[t])
+    assert not np.array_equal(first[41], second[41])
+
+
+def test_the_token_about_to_run_matters_and_asking_changes_nothing() -> None:
+    ids = random_ids(60, SYNTHETIC, 3)
+    state = make()
+    follow(state, ids, [t % 7 for t in range(60)])
+    state.expect(3, 0)
+    here = state.now()[0].copy()
+    with state.supposing(4, 0):
+        assert not np.array_equal(state.now()[0], here)
+    assert np.array_equal(state.now()[0], here)
+
+
+def test_rates_and_age() -> None:
+    state = make()
+    ids = np.full((3, 4), -1, np.int32)
+    ids[1, 0] = 5
+    state.observe(ids, 1, 0)
+    empty = np.full((3, 4), -1, np.int32)
+    for _ in range(3):
+        state.observe(empty, 1, 0)
+    half = 4 / 16 * 2 ** (-4 / 8)
+    assert column(state, "rate_8")[1, 5] == pytest.approx(half + (1 - 2 ** (-1 / 8)) * 2 ** (-3 / 8))
+    assert column(state, "log_age")[1, 5] == pytest.approx(np.log(4))
+    assert column(state, "rate_8")[0, 8:].tolist() == [0] * 8  # layer 0 has 8 experts
+
+
+def test_a_token_and_a_pair_remember_what_they_used() -> None:
+    state = make()
+    ids = np.tile(np.array([[0, 1, -1, -1], [0, 1, 2, 3], [4, 5, 6, 7]], np.int32), (12, 1, 1))
+    ids[::2] += np.where(ids[::2] >= 0, 2, 0)
+    follow(state, ids, [10, 20, 10, 20, 10, 20, 10, 20, 10, 30, 10, 20])
+    state.expect(10, 0)
+    assert column(state, "token_now")[1, 2:6].min() > column(state, "token_now")[1, [0, 1]].max()
+    state.expect(20, 0)
+    assert column(state, "token_now")[1, [0, 1]].min() > column(state, "token_now")[1, [4, 5]].max()
+    state.expect(10, 0)
+    pair = column(state, "pair_now").copy()
+    with state.supposing(10, 1):  # in another sequence nothing came before
+        assert not np.array_equal(column(state, "pair_now"), pair)
+
+
+def test_what_comes_later_is_counted_with_decay() -> None:
+    state = make()
+    ids = random_ids(LATER + 1, SYNTHETIC, 2)
+    follow(state, ids, [7, *range(100, 100 + LATER)])
+    row = state.tokens.get(7)
+    weights = (1 - LATER_DECAY) * LATER_DECAY ** np.arange(LATER)
+    expected = np.zeros((3, 16))
+    for weight, token in zip(weights, ids[1:], strict=True):
+        for layer in range(3):
+            expected[layer, token[layer][token[layer] >= 0]] += weight
+    assert state.tokens.n[row].tolist() == pytest.approx([1, weights.sum()])
+    np.testing.assert_allclose(state.tokens.sums[row, 1, :N].reshape(3, 16), expected, atol=2e-3)
+
+
+def test_a_repeated_context_foretells_what_followed_it() -> None:
+    state = make()
+    ids = random_ids(20, SYNTHETIC, 2)
+    follow(state, ids, list(range(20)))
+    state.observe(ids[3], 3, 1)
+    state.observe(ids[4], 4, 1)
+    state.observe(ids[5], 5, 1)
+    state.expect(6, 1)
+    used = np.zeros(16, bool)
+    used[ids[6, 1]] = True
+    assert (column(state, "repeat_2_now")[1] > 0).tolist() == used.tolist()
+    assert (column(state, "repeat_4_now")[1] > 0).tolist() == used.tolist()
+    assert column(state, "repeat_8_now").max() == 0
+    assert column(state, "repeat_4_soon")[1, ids[7, 1]].min() >= np.float32(1 - features.FOLLOW_SOON)
+
+
+def test_frozen_tables_do_not_change() -> None:
+    state = make()
+    ids = random_ids(40, SYNTHETIC, 3)
+    follow(state, ids, [t % 5 for t in range(40)])
+    before = [part.copy() for part in (state.tokens.sums, state.tokens.n, state.pairs.sums)]
+    state.learning = False
+    follow(state, ids, [t % 9 for t in range(40)])
+    for old, new in zip(before, (state.tokens.sums, state.tokens.n, state.pairs.sums), strict=True):
+        assert np.array_equal(old, new)
+
+
+def test_an_unknown_token_has_no_features_of_its_own() -> None:
+    state = make()
+    ids = random_ids(40, SYNTHETIC, 3)
+    follow(state, ids, [t % 5 for t in range(40)])
+    state.expect(features.UNKNOWN, 0)
+    unknown = state.now()[0].copy()
+    state.expect(999, 0)
+    assert np.array_equal(state.now()[0], unknown)
+
+
+class TestTable:
+    def test_the_least_recent_key_makes_room(self) -> None:
+        table = Table(2, 2)
+        one = np.ones(2, np.float32)
+        for key in ("a", "b", "a", "c"):
+            table.add(key, 0, one)
+        assert (table.get("b"), len(table)) == (-1, 2)
+        assert table.sums[table.get("c"), 0].tolist() == [1, 1]
+        assert table.n[table.get("a"), 0] == 2
+
+    def test_sums_stay_exact_in_half_precision(self) -> None:
+        table = Table(1, 1)
+        for _ in range(5000):
+            table.add(0, 0, np.ones(1, np.float32))
+        assert table.sums[0, 0, 0] == table.n[0, 0]
+        assert features.MAX_COUNT / 2 <= table.n[0, 0] < features.MAX_COUNT
+
+    def test_a_key_without_a_row_gets_none_from_what_followed(self) -> None:
+        table = Table(1, 2)
+        table.add("a", 1, np.ones(1, np.float32))
+        assert len(table) == 0
+
+    def test_state_comes_back(self) -> None:
+        table, copy = Table(1, 4), Table(1, 4)
+        for key in ("a", "b", "a"):
+            table.add(key, 0, np.ones(1, np.float32))
+        copy.restore(*table.state(1))
+        assert copy.sums[copy.get("a"), 0, 0] == 2
+        assert [copy.get(key) >= 0 for key in ("a", "b")] == [True, True]
+        assert table.state(2)[0] == ["a"]
+
+    def test_memory_is_what_is_said(self) -> None:
+        table = Table(10, 7)
+        assert table.sums.nbytes + table.n.nbytes <= 7 * (Table.row_bytes(10) + 8)
+
+
+def test_memory_is_capped_on_a_large_model() -> None:
+    shape = Shape(np.full(48, 128, np.int32), np.full(48, 8, np.int32))
+    basis = np.zeros((48 * 128, 128), np.float32)
+    state = Features(shape, basis, np.zeros(128, np.float32), table_mb=64)
+    assert state.tokens.sums.nbytes + state.pairs.sums.nbytes <= 64 * 2**20
+
+
+def test_it_survives_more_tokens_than_its_history() -> None:
+    state = make(n_history=16)
+    ids = random_ids(100, SYNTHETIC, 3)
+    follow(state, ids, [t % 5 for t in range(100)])
+    assert np.isfinite(state.now()[0]).all()
+
+
+def test_real_tokens_are_told_apart() -> None:
+    assert len(set(real_trace().tokens.tolist())) > 1

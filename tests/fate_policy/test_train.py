@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from policy_contract import DATA, real_trace, synthetic_trace
+
+from fate_policy import assess, cli, data, model, trace, train
+from fate_policy.errors import FateError, TraceError
+from fate_policy.kernels import Routing, simulate
+from fate_policy.train import FAR, next_uses, uses
+
+SMALL = train.Options(sample_every=2, rank_basis=16, rank=16, n_folds=2, heads=((0.25, 4),), table_minimum=1)
+
+
+def test_next_uses() -> None:
+    ids = np.array([[[0, 1]], [[1, 2]], [[0, 2]]], np.int32)
+    assert next_uses(ids, 4, np.array([0, 1, 2]))[:, 0].tolist() == [
+        [2, 1, 1, FAR],
+        [1, FAR, 1, FAR],
+        [FAR, FAR, FAR, FAR],
+    ]
+
+
+def test_uses_leave_out_what_did_not_run() -> None:
+    assert uses(np.array([[[1, -1]]], np.int32), 3).tolist() == [[[False, True, False]]]
+
+
+def test_the_split_is_at_a_prompt() -> None:
+    first, second = train.split(synthetic_trace())
+    assert first.n_tokens + second.n_tokens == 400
+    assert second.position[0] == 0
+
+
+def test_fitting_twice_gives_the_same() -> None:
+    one, two = (train.fit([synthetic_trace()], SMALL) for _ in range(2))
+    for head, same in zip(one.heads, two.heads, strict=True):
+        assert np.array_equal(head.coef, same.coef)
+    assert [head.name for head in one.heads] == ["now", "keep 0.25/4", "late 0.25/4"]
+
+
+def test_foreign_traces_are_refused() -> None:
+    with pytest.raises(TraceError, match="different layers or experts"):
+        train.fit([synthetic_trace(), real_trace()], SMALL)
+    with pytest.raises(TraceError, match="other layers or experts"):
+        assess.serve(train.fit([synthetic_trace()], SMALL), real_trace())
+
+
+def test_any_classifier_of_sklearn_fits_and_comes_back(tmp_path: Path) -> None:
+    options = replace(SMALL, estimator="sklearn.naive_bayes:GaussianNB")
+    fitted = train.fit([synthetic_trace()], options)
+    fitted.save(tmp_path / "m.npz")
+    read = model.load(tmp_path / "m.npz")
+    short = synthetic_trace().slice(0, 30)
+    first, second = (assess.serve(one, short)["now"] for one in (fitted, read))
+    np.testing.assert_allclose(first, second, atol=0.2)
+
+
+def test_only_some_prompts() -> None:
+    whole = synthetic_trace()
+    wanted = np.array([False, True, False, True, False, True, False, False])[: len(whole.prompt_start)]
+    part = assess.of_prompts(whole, wanted)
+    assert len(part.prompt_start) == wanted.sum()
+    assert np.array_equal(part.ids[0], whole.ids[whole.prompt_start[1]])
+    assert np.diff(part.step).min() >= 0
+
+
+@pytest.fixture(scope="module")
+def halves() -> tuple[train.Trace, train.Trace]:
+    first, second = train.split(trace.load(data.find("gptoss20b_stem")))
+    return first.slice(0, 3000), second.slice(0, 1000)
+
+
+def test_it_beats_the_simple_rules_on_prompts_it_has_not_seen(halves: tuple) -> None:
+    """Even fitted on 3,000 tokens, and asked at real decisions."""
+    first, second = halves
+    fitted = train.fit([first], train.Options(n_folds=2, sample_every=8))
+    half_lives = assess.best_half_lives([first])
+    found = assess.assess(fitted, second, half_lives, shares=(0.25, 0.5))
+    for row in found["evictions"]:
+        assert row["lru"] < max(row["frequency"], row["lfru"]) < row["delayed"] < row["sync"] < row["optimum"]
+        assert row["evicts_as_optimum"] > 1.3 * row["lru_evicts_as_optimum"]
+        assert row["used_again"] < 0.85 * row["lru_used_again"]
+    recall = found["predictions"]
+    assert recall["boundary"]["at_k"] > 0.65
+    assert recall["boundary"]["at_2k"] > 0.85
+    assert recall["ahead_1"]["at_k"] > recall["ahead_2"]["at_k"] > recall["boundary"]["at_k"]
+    assert recall["calibration"]["error"] < 0.02
+    for row in found["prefetch"]:
+        assert row["misses_gone"] > 0.2
+        assert row["per_token"] <= row["budget"]
+    routing = Routing.of_trace(second)
+    assert found["evictions"][0]["lru"] == simulate(routing, 8).hit_rate
+
+
+@pytest.mark.slow
+def test_quick_training_from_the_shell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fate_policy.train_command.QUICK_TOKENS", 1500)
+    monkeypatch.setattr("fate_policy.train_command.QUICK_TEST_TOKENS", 300)
+    out = tmp_path / "m.npz"
+    assert cli.main("train", ["gptoss20b_stem", "--quick", "-o", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "recall boundary" in printed
+    report = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+    assert set(report["importance"]) == {"now", "keep 0.25/4", "late 0.25/4", "keep 0.5/12", "late 0.5/12"}
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    assert model.load(out).meta["held_out"]
+
+
+def test_few_prompts_cannot_be_split(tmp_path: Path) -> None:
+    with pytest.raises(FateError, match=r"holds [0-9] prompts; to fit on some and test on others takes 6"):
+        cli.main("train", [str(DATA / "gptoss20b_stem_400.npz"), "-o", str(tmp_path / "m.npz")])
