@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fate_policy.base import NOT_RUN, POOL
 from fate_policy.decisions import decisions
 from fate_policy.errors import TraceError
 from fate_policy.kernels import Routing, simulate, simulate_scores
@@ -215,17 +216,29 @@ def assess(
     }
 
 
+def decode_only(trace: Trace) -> Trace:
+    """Return the generated tokens, each a step of its own on the pool path."""
+    return _of_rows(trace, np.flatnonzero(trace.is_decode))
+
+
 def of_prompts(trace: Trace, wanted: NDArray[np.bool_]) -> Trace:
-    """Return only these prompts of a trace."""
-    rows = np.flatnonzero(wanted[trace.sequence - trace.sequence[0]])
+    """Return only these prompts of a trace, each token a step of its own."""
+    return _of_rows(trace, np.flatnonzero(wanted[_prompt_of(trace)]))
+
+
+def _prompt_of(trace: Trace) -> NDArray[np.intp]:
+    return np.searchsorted(trace.prompt_start, np.arange(trace.n_tokens), side="right") - 1
+
+
+def _of_rows(trace: Trace, rows: NDArray[np.intp]) -> Trace:
     columns = ("ids", "path", "sequence", "position", "token_id", "is_decode", "weights", "token_hash")
     taken: dict[str, Any] = {
         name: None if (column := getattr(trace, name)) is None else column[rows] for name in columns
     }
-    sequence = taken["sequence"]
+    taken["path"] = np.where(taken["path"] == NOT_RUN, NOT_RUN, POOL).astype(np.uint8)
     return replace(
         trace,
         **taken,
-        step=np.cumsum(np.diff(trace.step[rows], prepend=-1) > 0).astype(np.int32) - 1,
-        prompt_start=np.flatnonzero(np.diff(sequence, prepend=-1)).astype(np.int32),
+        step=np.arange(len(rows), dtype=np.int32),
+        prompt_start=np.flatnonzero(np.diff(_prompt_of(trace)[rows], prepend=-1)).astype(np.int32),
     )

@@ -16,6 +16,9 @@ MOST_ROWS = 64
 """Of a larger step only the last rows are taken in: prompts tell little about generated text."""
 
 
+_NOTHING = np.empty(0, np.intp), np.empty(0, np.intp)
+
+
 class Classifier(Policy):
     """Evict the resident expert that is least likely to be used soon, as a fitted model sees it.
 
@@ -57,8 +60,8 @@ class Classifier(Policy):
         self._scorers = {kind: Scorer(fitted, head) for kind, head in self._heads.items()}
         self._state = fitted.features(table_mb=self.table_mb)
         self._state.learning = self.learn
-        self._table = np.zeros(fitted.shape.table, np.float32)
-        self._bonus = np.zeros(geometry.n_layers, np.float32)
+        self._table: NDArray[np.float32] | None = np.zeros(fitted.shape.table, np.float32)
+        self._kind = "late"
         self._told = False
 
     def observe(self, step: Step) -> None:
@@ -68,34 +71,40 @@ class Classifier(Policy):
             ids = step.ids[i]
             if i == step.n_tokens - 1 and not self._told:
                 self._state.expect(token, sequence)
-                table = self._ask("late")
+                self._prepare("late")
                 layer, rank = np.nonzero(ids >= 0)
-                table[layer, ids[layer, rank]] += self._heads["late"].bonus[layer]
-                self._table = table
+                self._used = layer, ids[layer, rank]
             self._state.observe(ids, token, sequence)
         self._told = False
 
     def expect(self, token: int, sequence: int) -> None:
         self._told = True
         self._state.expect(token, sequence)
-        kind = "late" if self.late else "keep"
-        self._table = self._ask(kind)
-        self._bonus = self._heads[kind].bonus
+        self._prepare("late" if self.late else "keep")
 
     def scores(self, history: History) -> NDArray[np.float32]:
+        if self._table is None:  # here and not in the events: with refresh_tokens most tables are never asked
+            kind, row, squeezed, (layer, expert) = self._kind, *self._inputs, self._used
+            self._table = self._scorers[kind](row, squeezed)
+            self._table[layer, expert] += self._heads[kind].bonus[layer]
         return self._table
 
     def bonus(self, history: History) -> NDArray[np.float32]:
-        return self._bonus
+        return self._heads[self._kind].bonus
 
     def predict(self, step: Step, token_id: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         sequence = int(step.sequences[-1])
         with self._state.supposing(token_id, sequence):
-            chance = model.chance(self._ask("now"))
+            chance = model.chance(self._scorers["now"](*self._asked()))
         experts = np.argsort(-chance, axis=1, kind="stable").astype(np.int32)
         return experts, np.take_along_axis(chance, experts, axis=1)
 
-    def _ask(self, kind: str) -> NDArray[np.float32]:
+    def _prepare(self, kind: str) -> None:
+        row, squeezed = self._asked()
+        self._kind, self._inputs, self._table = kind, (row.copy(), squeezed), None
+        self._used = _NOTHING
+
+    def _asked(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         assert self._loaded is not None
         row, context = self._state.now()
-        return self._scorers[kind](row, context @ self._loaded.squeeze)
+        return row, context @ self._loaded.squeeze

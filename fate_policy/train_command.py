@@ -25,7 +25,11 @@ REPETITIVE = 2
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "trace", metavar="TRACE", help="fitted on the first half of its prompts, tested on the second"
+        "trace",
+        nargs="+",
+        metavar="TRACE",
+        help="fitted on the first half of its prompts and tested on the second; one of fewer than "
+        f"{LEAST_PROMPTS} prompts is fitted on whole",
     )
     parser.add_argument("--test", nargs="+", default=[], metavar="TRACE", help="also tested on, whole")
     parser.add_argument("--traces", metavar="DIR", help="folder in which names are looked for")
@@ -52,35 +56,39 @@ def run(args: argparse.Namespace) -> int:
     def say(text: str) -> None:
         print(f"{time.perf_counter() - began:6.1f} s  {text}", file=sys.stderr, flush=True)
 
-    path = data.find(args.trace, args.traces)
-    whole = trace.load(path)
-    if len(whole.prompt_start) < LEAST_PROMPTS:
+    fitting: dict[str, Trace] = {}
+    tests: dict[str, tuple[Trace, Path]] = {}
+    for name in args.trace:
+        path, whole = _load(name, args.traces)
+        fitting[path.stem] = whole
+        if len(whole.prompt_start) >= LEAST_PROMPTS:
+            fitting[path.stem], second = train.split(whole)
+            tests[f"{path.stem} (second half)"] = second, path
+    for name in args.test:
+        path, whole = _load(name, args.traces)
+        tests[path.stem] = whole, path
+    if not tests:
         raise FateError(
-            f"trace {args.trace} holds {len(whole.prompt_start)} prompts; to fit on some and test on others "
-            f"takes {LEAST_PROMPTS}"
+            f"no trace holds {LEAST_PROMPTS} prompts, to fit on some and test on others; give one as --test"
         )
-    first, second = train.split(whole)
     options = train.Options(seed=args.seed, estimator=args.estimator)
     thresholds: dict[str, float] = {}
     if args.quick:
-        first, second = (
-            _first_prompts(part, n) for part, n in ((first, QUICK_TOKENS), (second, QUICK_TEST_TOKENS))
-        )
+        fitting = {name: _first_prompts(part, QUICK_TOKENS) for name, part in fitting.items()}
+        tests = {name: (_first_prompts(part, QUICK_TEST_TOKENS), at) for name, (part, at) in tests.items()}
         options = replace(options, sample_every=8, n_folds=2)
-    elif args.estimator is None:
+    first = max(fitting.values(), key=lambda part: len(part.prompt_start))
+    if not args.quick and args.estimator is None and len(first.prompt_start) >= LEAST_PROMPTS:
         say("windows and thresholds, inside the training prompts")
         options, thresholds = tune.tune(first, options, lambda text: None)
-    say(f"fit on {len(first.prompt_start)} prompts, {first.n_tokens} tokens")
-    fitted = train.fit([first], options, say)
+    prompts = sum(len(part.prompt_start) for part in fitting.values())
+    n_tokens = sum(part.n_tokens for part in fitting.values())
+    say(f"fit on {prompts} prompts, {n_tokens} tokens")
+    fitted = train.fit(list(fitting.values()), options, say)
     fitted = replace(fitted, meta={**fitted.meta, "prefetch": thresholds})
-    tests: dict[str, Trace] = {f"{path.stem} (second half)": second}
-    for name in args.test:
-        other = data.find(name, args.traces)
-        unseen = trace.load(other)
-        tests[other.stem] = _first_prompts(unseen, QUICK_TEST_TOKENS) if args.quick else unseen
-    half_lives = assess.best_half_lives([first])
+    half_lives = assess.best_half_lives(list(fitting.values()))
     report: dict[str, Any] = {
-        "trained_on": {"trace": path.stem, "prompts": len(first.prompt_start), "tokens": first.n_tokens},
+        "trained_on": {"trace": ", ".join(fitting), "prompts": prompts, "tokens": n_tokens},
         "heads": dict(options.heads),
         "prefetch_thresholds": thresholds,
         "half_lives": {f"{rule} {share:g}": best for (rule, share), best in half_lives.items()},
@@ -89,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         "tests": {},
     }
     shares = (0.25, 0.5) if args.quick else assess.SHARES
-    for name, test in tests.items():
+    for name, (test, path) in tests.items():
         say(f"test on {name}")
         report["tests"][name] = assess.assess(fitted, test, half_lives, shares=shares)
         if not args.quick:
@@ -97,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
             report["tests"][f"{name}, frozen"] = assess.assess(
                 fitted, test, half_lives, learn=False, shares=shares
             )
-            plain = _without_repetitive(test, data.find(name.partition(" (")[0], args.traces))
+            plain = _without_repetitive(test, path)
             if plain is not None:
                 say(f"test on {name}, without repetitive prompts")
                 report["tests"][f"{name}, without repetitive prompts"] = assess.assess(
@@ -108,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
             "sklearn.ensemble:HistGradientBoostingClassifier",
             "sklearn.neural_network:MLPClassifier",
         ]
-        report["estimators"] = _compare(first, second, options, names, say)
+        report["estimators"] = _compare(first, next(iter(tests.values()))[0], options, names, say)
     held_out = {
         name: [
             {key: row[key] for key in ("share", "lru", "optimum", "sync", "delayed")}
@@ -118,12 +126,21 @@ def run(args: argparse.Namespace) -> int:
     }
     fitted = replace(fitted, meta={**fitted.meta, "held_out": held_out})
     fitted.save(args.output)
+    config = args.output.with_suffix(".yaml")
+    config.write_text(
+        f"policy: classifier\nclassifier:\n  model: {args.output.resolve()}\n", encoding="utf-8"
+    )
     target = args.report or args.output.with_suffix(".json")
     target.write_text(json.dumps(report, indent=2), encoding="utf-8")
     _plot(report, target.with_suffix(".png"))
     print(as_text(report))
-    say(f"wrote {args.output}, {target} and {target.with_suffix('.png')}")
+    say(f"wrote {args.output}, {config}, {target} and {target.with_suffix('.png')}")
     return 0
+
+
+def _load(name: str, folder: str | None) -> tuple[Path, Trace]:
+    path = data.find(name, folder)
+    return path, assess.decode_only(trace.load(path))
 
 
 def _milliseconds(fitted: Any) -> dict[str, dict[str, float]]:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from policy_contract import DATA, real_trace, synthetic_trace
 
-from fate_policy import assess, cli, data, model, trace, train
+from fate_policy import assess, cli, config, data, model, trace, train
 from fate_policy.errors import FateError, TraceError
 from fate_policy.kernels import Routing, simulate
+from fate_policy.replay import replay
 from fate_policy.train import FAR, next_uses, uses
 
 SMALL = train.Options(sample_every=2, rank_basis=16, rank=16, n_folds=2, heads=((0.25, 4),), table_minimum=1)
@@ -113,5 +114,22 @@ def test_quick_training_from_the_shell(
 
 
 def test_few_prompts_cannot_be_split(tmp_path: Path) -> None:
-    with pytest.raises(FateError, match=r"holds [0-9] prompts; to fit on some and test on others takes 6"):
+    with pytest.raises(FateError, match="no trace holds 6 prompts"):
         cli.main("train", [str(DATA / "gptoss20b_stem_400.npz"), "-o", str(tmp_path / "m.npz")])
+
+
+def test_prompt_tokens_are_left_out() -> None:
+    part = assess.decode_only(synthetic_trace())
+    assert part.n_tokens == int(synthetic_trace().is_decode.sum())
+    assert part.step.tolist() == list(range(part.n_tokens))
+    assert len(part.prompt_start) == len(synthetic_trace().prompt_start)
+
+
+def test_a_trace_of_one_prompt_is_fitted_on_whole(tmp_path: Path) -> None:
+    real_trace().slice(0, 150).save(tmp_path / "tale.npz")
+    real_trace().slice(150, 300).save(tmp_path / "code.npz")
+    out = tmp_path / "mine.npz"
+    args = [str(tmp_path / "tale.npz"), "--test", str(tmp_path / "code.npz"), "--quick", "-o", str(out)]
+    assert cli.main("train", args) == 0
+    policy = config.make_policy(config.load(out.with_suffix(".yaml")))
+    assert replay(real_trace(), policy, n_slots=8).hits.sum() > 0
