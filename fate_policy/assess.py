@@ -24,6 +24,7 @@ PREFETCH = {0.25: (8, 0.7, 1.06), 0.5: (16, 0.2, 1.3)}
 """By share of slots: k over this many experts a layer and token at the most; the least chance worth a
 prefetch, where the model does not tell; and the bytes that it may cost, by which the model's was chosen."""
 CARRY_TOKENS = 64
+CHUNK = 64
 
 Tables = dict[str, NDArray[np.float32]]
 
@@ -41,12 +42,22 @@ def serve(fitted: Model, trace: Trace, *, learn: bool = True) -> Tables:
     scorers = {head.name: Scorer(fitted, head) for head in fitted.heads}
     tables = {name: np.empty((trace.n_tokens, *fitted.shape.table), np.float32) for name in scorers}
     ids, tokens = trace.experts(), trace.tokens.tolist()
+    slow = {name: scorer for name, scorer in scorers.items() if not scorer.is_linear}
+    waiting: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
     for t, sequence in enumerate(trace.sequence.tolist()):
         state.expect(tokens[t], sequence)
         row, context = state.now()
         squeezed = context @ fitted.squeeze
         for name, scorer in scorers.items():
-            tables[name][t] = scorer(row, squeezed)
+            if scorer.is_linear:
+                tables[name][t] = scorer(row, squeezed)
+        if slow:
+            waiting.append((row.copy(), squeezed))
+            if len(waiting) == CHUNK or t == trace.n_tokens - 1:
+                rows, contexts = (np.array(part) for part in zip(*waiting, strict=True))
+                for name, scorer in slow.items():
+                    tables[name][t + 1 - len(waiting) : t + 1] = scorer.many(rows, contexts)
+                waiting.clear()
         state.observe(ids[t], tokens[t], sequence)
     return tables
 

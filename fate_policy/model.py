@@ -207,19 +207,28 @@ class Scorer:
     def __call__(self, row: NDArray[np.float32], squeezed: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return log-odds (n_layers, n_experts) of `Features.now`, the context multiplied by `squeeze`."""
         if self._head.estimators is not None:
-            return self._slow(row, squeezed)
+            alone: NDArray[np.float32] = self.many(row[None], squeezed[None])[0]
+            return alone
         answer: NDArray[np.float32] = np.matmul(self._weights, row)[:, 0]
         answer += (squeezed @ self._fold).reshape(answer.shape)
         answer += self._constant
         return answer
 
-    def _slow(self, row: NDArray[np.float32], squeezed: NDArray[np.float32]) -> NDArray[np.float32]:
-        assert self._head.estimators is not None
-        inputs = all_inputs(self._model, row[None], squeezed[None])[0]
-        chances = [
-            fitted.predict_proba(inputs[layer].T)[:, 1] for layer, fitted in enumerate(self._head.estimators)
-        ]
-        return log_odds(np.array(chances, np.float32))
+    @property
+    def is_linear(self) -> bool:
+        return self._head.estimators is None
+
+    def many(self, rows: NDArray[np.float32], squeezed: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return log-odds (n, n_layers, n_experts) of `n` tokens; estimators are slow one by one."""
+        if self._head.estimators is None:
+            return np.array([self(row, part) for row, part in zip(rows, squeezed, strict=True)])
+        inputs = all_inputs(self._model, rows, squeezed)
+        n, n_layers, n_inputs, n_experts = inputs.shape
+        chances = np.empty((n, n_layers, n_experts), np.float32)
+        for layer, fitted in enumerate(self._head.estimators):
+            flat = inputs[:, layer].transpose(0, 2, 1).reshape(-1, n_inputs)
+            chances[:, layer] = fitted.predict_proba(flat)[:, 1].reshape(n, n_experts)
+        return log_odds(chances)
 
 
 def all_inputs(

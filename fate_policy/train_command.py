@@ -178,9 +178,8 @@ def _compare(first: Trace, second: Trace, options: train.Options, names: list[st
         began = time.perf_counter()
         fitted = train.fit([first], replace(few, estimator=None if name == "linear" else name))
         spent = time.perf_counter() - began
-        began = time.perf_counter()
         tables = assess.serve(fitted, second)
-        per_table = (time.perf_counter() - began) / second.n_tokens / len(fitted.heads)
+        per_table = cost.table_seconds(fitted, 10)["table"]
         row = assess.evictions(fitted, second, tables, half_lives, (0.25,))[0]
         found = assess.predictions(fitted, second, tables)
         rows[name] = {

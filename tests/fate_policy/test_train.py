@@ -72,11 +72,11 @@ def test_only_some_prompts() -> None:
 @pytest.fixture(scope="module")
 def halves() -> tuple[train.Trace, train.Trace]:
     first, second = train.split(trace.load(data.find("gptoss20b_stem")))
-    return first.slice(0, 3000), second.slice(0, 1000)
+    return first.slice(0, 2500), second.slice(0, 600)
 
 
 def test_it_beats_the_simple_rules_on_prompts_it_has_not_seen(halves: tuple) -> None:
-    """Even fitted on 3,000 tokens, and asked at real decisions."""
+    """Even fitted on 2,500 tokens, and asked at real decisions."""
     first, second = halves
     fitted = train.fit([first], train.Options(n_folds=2, sample_every=8))
     half_lives = assess.best_half_lives([first])
@@ -125,6 +125,7 @@ def test_prompt_tokens_are_left_out() -> None:
     assert len(part.prompt_start) == len(synthetic_trace().prompt_start)
 
 
+@pytest.mark.slow
 def test_a_trace_of_one_prompt_is_fitted_on_whole(tmp_path: Path) -> None:
     real_trace().slice(0, 150).save(tmp_path / "tale.npz")
     real_trace().slice(150, 300).save(tmp_path / "code.npz")
