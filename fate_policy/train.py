@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fate_policy import features, model
-from fate_policy.errors import TraceError
+from fate_policy.errors import FateError, TraceError
 from fate_policy.features import Features, Shape
 from fate_policy.model import AHEAD, AHEAD_LAYERS, INPUTS, TARGETS, Head, Model
 from fate_policy.trace import Trace
@@ -378,12 +378,23 @@ def _fit_linear(
 
 
 def make_estimator(name: str, seed: int) -> Any:
-    """Return a new scikit-learn classifier of "module:Class", with the seed if it takes one."""
+    """Return a new scikit-learn classifier of "module:Class" on inputs of one scale.
+
+    It has the seed, and stops early, if it takes these arguments.
+    """
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     module, _, cls = name.partition(":")
-    made = getattr(importlib.import_module(module), cls)()
-    if "random_state" in made.get_params():
-        made.set_params(random_state=seed)
-    return made
+    try:
+        made = getattr(importlib.import_module(module), cls)()
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise FateError(f"estimator {name!r}: {error}; expected module:Class of scikit-learn") from error
+    if not hasattr(made, "predict_proba"):
+        raise FateError(f"estimator {name!r} has no predict_proba, and chances are needed")
+    wanted = {"random_state": seed, "early_stopping": True}
+    made.set_params(**{key: value for key, value in wanted.items() if key in made.get_params()})
+    return make_pipeline(StandardScaler(), made)
 
 
 def _fit_ahead(

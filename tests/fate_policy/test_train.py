@@ -134,3 +134,16 @@ def test_a_trace_of_one_prompt_is_fitted_on_whole(tmp_path: Path) -> None:
     assert cli.main("train", args) == 0
     policy = config.make_policy(config.load(out.with_suffix(".yaml")))
     assert replay(real_trace(), policy, n_slots=8).hits.sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("sklearn.svm:LinearSVC", "has no predict_proba"),
+        ("sklearn.svm:No", "has no attribute 'No'"),
+        ("no_such_module:C", "No module named"),
+    ],
+)
+def test_what_is_no_estimator(name: str, fault: str) -> None:
+    with pytest.raises(FateError, match=f"estimator '{name}'.*{fault}"):
+        train.make_estimator(name, 0)
