@@ -26,8 +26,8 @@ FAR = 255
 class Options:
     """How to fit.
 
-    The windows of the heads are chosen anew inside the training prompts by `tune`. The other defaults, and the
-    features, come from a study on gpt-oss-20b that looked at the second half of stem and at safety as well.
+    The windows of the heads are chosen anew inside the training prompts by `tune`. The other defaults, and
+    the features, come from a study on gpt-oss-20b that looked at its second half of stem and at safety too.
 
     heads : the (share of slots, window) pairs that keep and late heads are fitted for
     sample_every : rows are taken at every so many tokens
