@@ -58,7 +58,7 @@ class TestClassifier(PolicyContract):
 
     def test_real_model_fits_the_time_budget(self) -> None:
         """A score table of 48 layers of 128 experts takes less than 1 ms, and so does taking in a token."""
-        spent = cost.table_seconds(cost.untrained([128] * 48, [8] * 48))
+        spent = cost.table_seconds(cost.untrained([128] * 48, [8] * 48), of=min)
         assert spent["table"] < 1e-3
         assert spent["observe"] < 1e-3
 
