@@ -80,6 +80,11 @@ int32_t fate_configure(const fate_config * config) {
     return FATE_STATUS_OK;
 }
 
+int32_t fate_replay_routing(const int32_t * ids, int32_t n_tokens, int32_t n_layers, int32_t k) {
+    (void) ids;
+    return n_tokens >= 0 && n_layers >= 0 && k >= 0 ? FATE_STATUS_OK : FATE_STATUS_INVALID;
+}
+
 //
 // engine
 //

@@ -29,10 +29,10 @@ static int32_t slots_for_bytes(double bytes, const std::vector<fate_layer_shape>
 }
 
 // What to ask for so that every layer gets its k.
-static std::string minimum(int32_t kind, const std::vector<fate_layer_shape> & layers) {
+static std::string minimum(int32_t kind, const std::vector<fate_layer_shape> & layers, int64_t staging_bytes) {
     int32_t k       = 0;
     double  percent = 0.0;
-    int64_t bytes   = 0;
+    int64_t bytes   = staging_bytes;
     for (const fate_layer_shape & layer : layers) {
         if (!layer.served) {
             continue;
@@ -55,7 +55,7 @@ static std::string minimum(int32_t kind, const std::vector<fate_layer_shape> & l
 }
 
 std::vector<int32_t> fate_capacity(const fate_config & config, const std::vector<int32_t> & list,
-                                   const std::vector<fate_layer_shape> & layers) {
+                                   const std::vector<fate_layer_shape> & layers, int64_t staging_bytes) {
     if (config.slots_kind == FATE_SLOTS_LIST && list.size() != layers.size()) {
         throw fate_error(FATE_STATUS_CAPACITY,
                          fate_format("slots: the list has %zu numbers, but the model has %zu MoE layers; give one number for each layer",
@@ -65,7 +65,8 @@ std::vector<int32_t> fate_capacity(const fate_config & config, const std::vector
     for (const fate_layer_shape & layer : layers) {
         most = std::max(most, layer.n_experts);
     }
-    const int32_t for_bytes = config.slots_kind == FATE_SLOTS_BYTES ? slots_for_bytes(config.slots_value, layers) : 0;
+    const int32_t for_bytes =
+        config.slots_kind == FATE_SLOTS_BYTES ? slots_for_bytes(config.slots_value - static_cast<double>(staging_bytes), layers) : 0;
 
     std::vector<int32_t> n_slots(layers.size());
     for (size_t i = 0; i < layers.size(); ++i) {
@@ -100,7 +101,7 @@ std::vector<int32_t> fate_capacity(const fate_config & config, const std::vector
             throw fate_error(
                 FATE_STATUS_CAPACITY,
                 fate_format("slots: %.0f in MoE layer %zu is fewer than the %d experts that it uses per token; the minimum is %s", n, i,
-                            layers[i].k, minimum(config.slots_kind, layers).c_str()));
+                            layers[i].k, minimum(config.slots_kind, layers, staging_bytes).c_str()));
         }
         n_slots[i] = std::min(static_cast<int32_t>(n), layers[i].n_experts);
     }

@@ -23,7 +23,8 @@ fate_engine::fate_engine(llama_context & ctx, std::shared_ptr<const fate_setting
     config_(settings_->config),
     callback_(config_.mode == FATE_MODE_CALLBACK),
     sync_(config_.sync || callback_),
-    wants_steps_(config_.scores || config_.record || callback_) {
+    wants_steps_(config_.scores || config_.record || callback_),
+    routing_(fate_current_routing()) {
     char name[256] = "";
     llama_model_meta_val_str(&ctx.get_model(), "general.name", name, sizeof(name));
     model_name_ = name;
@@ -31,7 +32,12 @@ fate_engine::fate_engine(llama_context & ctx, std::shared_ptr<const fate_setting
 }
 
 fate_engine::~fate_engine() {
-    flush();
+    closing_ = true;
+    try {
+        flush();
+    } catch (const fate_error &) {
+        // a lost device: its last records are gone
+    }
     fate_registry_remove(this);
     if (config_.on_close && stage_ == stage::SETTLED) {
         config_.on_close(config_.user, this);
@@ -65,7 +71,7 @@ void fate_engine::engage() {
 
     std::vector<int32_t> wanted;
     try {
-        wanted = fate_capacity(config_, settings_->slots_list, shapes);
+        wanted = fate_capacity(config_, settings_->slots_list, shapes, pool_.staging_bytes());
     } catch (const fate_error & error) {
         if (!fate_registry_any_engaged()) {
             throw;
@@ -84,31 +90,100 @@ void fate_engine::engage() {
     if (n_engaged_ == 0) {
         return;
     }
-    pool_bytes_ = pool_.bytes(n_slots_);
-    engaged_    = pool_.allocate(n_slots_);
-    if (!engaged_) {
-        give_up();
-        return;
-    }
     for (size_t i = 0; i < blocks_.size(); ++i) {
-        if (n_slots_[i] > 0) {
+        blocks_[i]->n_slots = n_slots_[i];
+        if (n_slots_[i] > 0 && !blocks_[i]->dev) {
             blocks_[i]->layer = std::make_unique<fate_layer>(shapes[i].n_experts, shapes[i].k, n_slots_[i], shapes[i].expert_bytes);
         }
+    }
+    pool_bytes_ = pool_.bytes(n_slots_) + pool_.staging_bytes(&n_slots_);
+    engaged_    = true;
+    try {
+        if (!pool_.allocate(n_slots_)) {
+            throw fate_error(FATE_STATUS_MEMORY, no_memory());
+        }
+        open_devices();
+    } catch (const fate_error & e) {
+        give_up(e.what());
+        return;
     }
     scores_.resize(n_slots_.size() * static_cast<size_t>(max_experts_));
     bonus_.resize(n_slots_.size());
 }
 
-// No memory for the pool, or none left for llama.cpp's own buffers beside it.
-void fate_engine::give_up() {
-    reason_     = fate_format("there is no memory for a pool of %lld bytes; ask for fewer slots", static_cast<long long>(pool_bytes_));
+std::string fate_engine::no_memory() const {
+    return fate_format("there is no memory for a pool of %lld bytes; ask for fewer slots", static_cast<long long>(pool_bytes_));
+}
+
+// One device object for each GPU that runs engaged layers.
+void fate_engine::open_devices() {
+    std::vector<ggml_backend_dev_t> devs;
+    for (const auto & b : blocks_) {
+        if (b->n_slots > 0 && b->dev && std::find(devs.begin(), devs.end(), b->dev) == devs.end()) {
+            devs.push_back(b->dev);
+        }
+    }
+    for (ggml_backend_dev_t dev : devs) {
+        fate_device_config config;
+        config.max_tokens  = static_cast<int32_t>(ctx_.get_cparams().n_ubatch);
+        config.wants_steps = wants_steps_;
+        config.weights     = config_.record != 0;
+        std::vector<ggml_backend_buffer_t> buffers;
+        std::vector<block *>               served;
+        for (size_t i = 0; i < blocks_.size(); ++i) {
+            block & b = *blocks_[i];
+            if (b.n_slots == 0 || b.dev != dev) {
+                continue;
+            }
+            fate_device_layer layer = { static_cast<int32_t>(i), b.n_experts, b.k, b.n_slots, {} };
+            for (const fate_pool_tensor & t : pool_.tensors(static_cast<int32_t>(i))) {
+                layer.tensors.push_back({ t.source->data, t.slots->data, t.staging->data, t.expert_bytes(), t.tail_bytes() });
+                ggml_backend_buffer_t buffer = t.source->buffer;
+                if (std::find(buffers.begin(), buffers.end(), buffer) == buffers.end()) {
+                    buffers.push_back(buffer);
+                    config.ranges.push_back({ ggml_backend_buffer_get_base(buffer), ggml_backend_buffer_get_size(buffer) });
+                }
+            }
+            config.layers.push_back(layer);
+            served.push_back(&b);
+        }
+        devices_.push_back(fate_device_open(dev, config));
+        for (size_t i = 0; i < served.size(); ++i) {
+            served[i]->device = devices_.back().get();
+            served[i]->at     = i;
+        }
+    }
+}
+
+void fate_engine::open_routers() {
+    std::vector<ggml_backend_dev_t> devs;
+    for (auto & b : blocks_) {
+        if (!routing_ || b->k > routing_->k) {
+            continue;
+        }
+        const auto at = std::find(devs.begin(), devs.end(), b->dev);
+        b->router     = at == devs.end() ? nullptr : routers_[at - devs.begin()].get();
+        if (!b->router) {
+            devs.push_back(b->dev);
+            routers_.push_back(fate_router_open(b->dev, routing_));
+            b->router = routers_.back().get();
+        }
+    }
+}
+
+// No memory for the pool, none left for llama.cpp's own buffers beside it, or a device that cannot serve.
+void fate_engine::give_up(const std::string & why) {
+    reason_     = why;
     engaged_    = false;
     n_engaged_  = 0;
     pool_bytes_ = 0;
     n_slots_.assign(n_slots_.size(), 0);
     for (auto & b : blocks_) {
+        b->n_slots = 0;
+        b->device  = nullptr;
         b->layer.reset();
     }
+    devices_.clear();
     pool_.release();
 }
 
@@ -117,6 +192,7 @@ bool fate_engine::reserved(bool ok) {
         switch (stage_) {
             case stage::FINDING:
                 engage();
+                open_routers();
                 stage_ = stage::TRYING;
                 break;
             case stage::TRYING:
@@ -124,7 +200,7 @@ bool fate_engine::reserved(bool ok) {
                     settle();
                     return false;
                 }
-                give_up();
+                give_up(no_memory());
                 stage_ = stage::GIVEN_UP;
                 break;
             case stage::GIVEN_UP:
@@ -137,7 +213,7 @@ bool fate_engine::reserved(bool ok) {
                 return false;
         }
         ++epoch;
-        if (!engaged_ && stage_ == stage::TRYING) { // nothing was allocated: the graphs stay as they are
+        if (!engaged_ && !routing_ && stage_ == stage::TRYING) { // nothing was allocated: the graphs stay as they are
             settle();
             return false;
         }
@@ -179,6 +255,9 @@ void fate_engine::perf_reset() {
     policy_failed_ = false;
     {
         std::lock_guard<std::mutex> lock(mutex_);
+        for (auto & device : devices_) {
+            device->reset();
+        }
         steps_   = 0;
         tokens_  = 0;
         busy_us_ = 0;
@@ -205,6 +284,9 @@ void fate_engine::ubatch_begin(const llama_ubatch & ubatch) {
         error_.clear();
         record_[current_].begin(static_cast<int32_t>(ubatch.n_tokens), wants_steps_ ? static_cast<int32_t>(blocks_.size()) : 0, max_k_,
                                 config_.record != 0, ubatch.token, ubatch.pos, ubatch.seq_id, ubatch.output);
+        for (auto & device : devices_) {
+            device->begin(static_cast<int32_t>(ubatch.n_tokens));
+        }
     }
 }
 
@@ -216,6 +298,10 @@ bool fate_engine::ubatch_end(bool ok) {
     seed();
     {
         std::lock_guard<std::mutex> lock(mutex_);
+        for (auto & device : devices_) {
+            const std::string why = device->end(current_);
+            error_                = why.empty() ? error_ : why;
+        }
         ++steps_;
         tokens_ += record_[current_].n_tokens();
     }
@@ -228,17 +314,17 @@ bool fate_engine::ubatch_end(bool ok) {
         }
         if (held_back_) {
             held_back_ = false;
-            if (deliver(record_[1 - current_])) {
+            if (deliver(1 - current_)) {
                 publish();
             }
         }
         if (!sync_) {
             held_back_ = true;
-            current_   = 1 - current_;
-        } else if (deliver(record_[current_])) {
+        } else if (deliver(current_)) {
             publish();
         }
     }
+    current_ = 1 - current_;
     {
         std::lock_guard<std::mutex> lock(mutex_);
         busy_us_ += ggml_time_us() - began_us_;
@@ -249,8 +335,12 @@ bool fate_engine::ubatch_end(bool ok) {
     return error_.empty();
 }
 
-// True if the policy published scores.
-bool fate_engine::deliver(const fate_record & record) {
+// Hands over one of the two records; true if the policy published scores.
+bool fate_engine::deliver(int32_t which) {
+    fate_record & record = record_[which];
+    for (auto & device : devices_) {
+        device->collect(which, record);
+    }
     if (!config_.on_step || (policy_failed_ && !config_.record)) {
         return false;
     }
@@ -273,13 +363,16 @@ void fate_engine::publish() {
             blocks_[i]->layer->publish(&scores_[i * max_experts_], bonus_[i]);
         }
     }
+    for (auto & device : devices_) {
+        device->publish(scores_.data(), max_experts_, bonus_.data());
+    }
 }
 
 // The scores that come of it act when they would have.
 void fate_engine::flush() {
     if (held_back_) {
         held_back_  = false;
-        scores_due_ = deliver(record_[1 - current_]);
+        scores_due_ = deliver(1 - current_);
     }
 }
 
@@ -291,12 +384,18 @@ void fate_engine::fail_policy() {
             b->layer->forget_scores();
         }
     }
+    for (auto & device : devices_) {
+        if (!closing_) {
+            device->publish(nullptr, max_experts_, nullptr);
+        }
+    }
 }
 
 //
 // what others read
 //
 
+// Of the layers on the CPU; GPUs are asked when somebody wants to know.
 void fate_engine::snapshot() {
     std::lock_guard<std::mutex> lock(mutex_);
     counters_.assign(blocks_.size() * FATE_N_COUNTERS, 0);
@@ -325,6 +424,13 @@ fate_info fate_engine::info() const {
     info.tokens                    = tokens_;
     info.busy_us                   = busy_us_;
     info.pool_bytes                = pool_bytes_;
+    for (const auto & device : devices_) {
+        int64_t launches = 0;
+        int64_t captures = 0;
+        device->get_launches(launches, captures);
+        info.gpu_launches += launches;
+        info.gpu_captures += captures;
+    }
     return info;
 }
 
@@ -335,22 +441,40 @@ void fate_engine::get_counters(int64_t * out, size_t n) const {
                          fate_format("n_counters %zu: expected n_layers x FATE_N_COUNTERS = %zu", n, counters_.size()));
     }
     std::copy(counters_.begin(), counters_.end(), out);
+    std::vector<int64_t> there;
+    for (const auto & device : devices_) {
+        device->get_counters(there);
+        for (size_t i = 0; i < blocks_.size(); ++i) {
+            if (blocks_[i]->device == device.get()) {
+                std::copy_n(there.data() + blocks_[i]->at * FATE_N_COUNTERS, FATE_N_COUNTERS, out + i * FATE_N_COUNTERS);
+            }
+        }
+    }
 }
 
 void fate_engine::check() const {
+    std::vector<int32_t> slot_of;
+    std::vector<int32_t> expert_of;
     for (size_t i = 0; i < blocks_.size(); ++i) {
-        if (!blocks_[i]->layer) {
+        const block & b = *blocks_[i];
+        if (b.n_slots == 0) {
             continue;
         }
-        const int32_t bad = blocks_[i]->layer->first_inconsistent_slot();
+        if (b.device) {
+            b.device->get_tables(b.at, slot_of, expert_of);
+        } else {
+            const fate_table & t = b.layer->table();
+            slot_of.assign(t.slot_of, t.slot_of + t.n_experts);
+            expert_of.assign(t.expert_of, t.expert_of + t.n_slots);
+        }
+        const int32_t bad = b.layer ? b.layer->first_inconsistent_slot() : fate_first_inconsistent_slot(slot_of, expert_of);
         if (bad >= 0) {
             throw fate_error(FATE_STATUS_INVALID, fate_format("layer %zu: slot_of and expert_of disagree at slot %d", i, bad));
         }
-        const fate_table & t = blocks_[i]->layer->table();
-        for (int32_t slot = 0; slot < t.n_slots; ++slot) {
-            if (t.expert_of[slot] >= 0 && !pool_.holds(static_cast<int32_t>(i), t.expert_of[slot], slot)) {
+        for (int32_t slot = 0; slot < b.n_slots; ++slot) {
+            if (expert_of[slot] >= 0 && !pool_.holds(static_cast<int32_t>(i), expert_of[slot], slot)) {
                 throw fate_error(FATE_STATUS_INVALID,
-                                 fate_format("layer %zu: slot %d does not hold the bytes of expert %d", i, slot, t.expert_of[slot]));
+                                 fate_format("layer %zu: slot %d does not hold the bytes of expert %d", i, slot, expert_of[slot]));
             }
         }
     }

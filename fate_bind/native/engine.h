@@ -1,11 +1,13 @@
 // The engine of one context: what llama.cpp's doors (llama-engine.h) lead to.
 #pragma once
 
+#include "device.h"
 #include "fate.h"
 #include "layer.h"
 #include "llama-engine.h"
 #include "pool.h"
 #include "record.h"
+#include "routing.h"
 
 #include <atomic>
 #include <memory>
@@ -75,15 +77,27 @@ private:
         std::vector<ggml_tensor *>  sources; // what is indexed by expert
         int32_t                     n_experts;
         int32_t                     k;
-        std::string                 refused; // why it cannot be served, "" if it can
-        std::unique_ptr<fate_layer> layer;   // null: not engaged
+        std::string                 refused;              // why it cannot be served, "" if it can
+        ggml_backend_dev_t          dev;                  // that runs the layer, null: the CPU
+        int32_t                     n_slots  = 0;         // 0: not engaged
+        int32_t                     max_rows = INT32_MAX; // of the pool path
+        std::unique_ptr<fate_layer> layer;                // engaged on the CPU
+        fate_device *               device = nullptr;     // engaged on a GPU
+        size_t                      at     = 0;           // its place there
+        fate_router *               router = nullptr;     // routing replay
         op                          pool_op;
-        op                          bypass_op;
+        op                          other_op;             // staged on a GPU, bypassed on the CPU
+        op                          route_op;
     };
 
     friend class fate_engine_io;
 
     static void run_op(ggml_tensor * dst, int ith, int nth, void * userdata);
+    static void launch_op(ggml_tensor * dst, void * stream);
+    static void route(const op & self, ggml_tensor * dst, void * stream);
+
+    static ggml_tensor * add_op(ggml_context * ctx0, int64_t k, int64_t n_rows, ggml_tensor * ids, ggml_tensor * anchor,
+                                ggml_tensor * weights, op & self);
 
     // what has been decided
     enum class stage {
@@ -95,13 +109,20 @@ private:
 
     void        find(llama_moe_args & args);
     std::string refuse(llama_moe_args & args) const;
+
+    ggml_backend_dev_t device_of(const llama_moe_args & args) const;
+
     void        engage();
-    void        give_up();
+    void        open_devices();
+    void        open_routers();
+    void        replay(ggml_context * ctx0, block & b, llama_moe_args & args);
+    void        give_up(const std::string & why);
+    std::string no_memory() const;
     void        settle();
     void        open();
     void        publish();
     void        seed();
-    bool        deliver(const fate_record & record);
+    bool        deliver(int32_t which);
     void        fail_policy();
     void        snapshot();
 
@@ -116,6 +137,9 @@ private:
     std::vector<std::unique_ptr<block>>              blocks_;
     std::unordered_map<const ggml_tensor *, block *> block_of_; // by down weights
     fate_pool                                        pool_;
+    std::vector<std::unique_ptr<fate_device>>        devices_;
+    std::shared_ptr<const fate_routing>              routing_; // null: the model's own
+    std::vector<std::unique_ptr<fate_router>>        routers_;
 
     std::atomic<bool> engaged_{ false };
     std::string       reason_; // why not, or why not wholly
@@ -130,7 +154,8 @@ private:
     std::vector<int32_t> n_slots_;
     std::vector<int64_t> expert_bytes_;
 
-    bool              active_ = false; // graphs of the current ubatch go through the pool
+    bool              active_  = false; // graphs of the current ubatch go through the pool
+    bool              closing_ = false; // the backends and their streams are gone
     std::atomic<bool> policy_failed_{ false };
     fate_record       record_[2];
     int32_t           current_    = 0;
@@ -148,5 +173,5 @@ private:
     int64_t              steps_   = 0;
     int64_t              tokens_  = 0;
     int64_t              busy_us_ = 0;
-    std::vector<int64_t> counters_;
+    std::vector<int64_t> counters_; // of the layers on the CPU
 };

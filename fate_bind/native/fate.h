@@ -145,8 +145,10 @@ typedef struct fate_info {
     fate_geometry geometry;
     int64_t       steps;
     int64_t       tokens;
-    int64_t       busy_us; // wall time inside steps, policy included
-    int64_t       pool_bytes;
+    int64_t       busy_us;      // wall time inside steps, policy included
+    int64_t       pool_bytes;   // staging included
+    int64_t       gpu_launches; // of ops of ours, by the host
+    int64_t       gpu_captures; // of these, into a graph: replays of it launch without the host
 } fate_info;
 
 // Any thread.
@@ -159,6 +161,10 @@ FATE_API const char * fate_system_info(void); // llama.cpp's backends and CPU fe
 
 // Any thread. Sets what contexts created from now on get; null: no engine. The struct and slots_list are copied, callbacks and user must live on.
 FATE_API int32_t fate_configure(const fate_config * config);
+
+// For benchmarks: contexts made from now on while FATE is configured take the expert ids of their tokens from ids[n_tokens][n_layers][k], one row a token,
+// over and over, instead of from the router, whether they engage or not. null: no longer. Copied; ids are distinct within a token and below n_experts.
+FATE_API int32_t fate_replay_routing(const int32_t * ids, int32_t n_tokens, int32_t n_layers, int32_t k);
 
 // Any thread, between on_open and the return of on_close. Counters are those of the last finished step.
 FATE_API int32_t fate_engine_get_info(const fate_engine * engine, fate_info * info);

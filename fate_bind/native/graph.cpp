@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 
 // What a decision causes.
 class fate_engine_io final : public fate_layer_io {
@@ -70,15 +71,23 @@ std::string fate_engine::refuse(llama_moe_args & args) const {
             return why;
         }
     }
-    const llama_model & model = ctx_.get_model();
-    if (args.il >= 0 && args.il < static_cast<int>(model.hparams.n_layer_all)) {
-        ggml_backend_dev_t device = model.dev_layer(args.il);
-        if (device && ggml_backend_dev_type(device) != GGML_BACKEND_DEVICE_TYPE_CPU) {
-            return fate_format("layer %d runs on %s, and this build serves layers on the CPU only; add -ngl 0", args.il,
-                               ggml_backend_dev_name(device));
-        }
+    ggml_backend_dev_t dev = device_of(args);
+    if (dev && callback_) {
+        return fate_format("layer %d runs on %s, and callback mode serves layers on the CPU only; use --fate-mode table", args.il,
+                           ggml_backend_dev_name(dev));
     }
-    return "";
+    const std::string why = dev ? fate_device_refuse(dev) : "";
+    return why.empty() ? "" : fate_format("layer %d: %s", args.il, why.c_str());
+}
+
+// The GPU that runs the layer, null: the CPU.
+ggml_backend_dev_t fate_engine::device_of(const llama_moe_args & args) const {
+    const llama_model & model = ctx_.get_model();
+    if (args.il < 0 || args.il >= static_cast<int>(model.hparams.n_layer_all)) {
+        return nullptr;
+    }
+    ggml_backend_dev_t dev = model.dev_layer(args.il);
+    return dev && ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU ? dev : nullptr;
 }
 
 void fate_engine::find(llama_moe_args & args) {
@@ -94,12 +103,19 @@ void fate_engine::find(llama_moe_args & args) {
     b->n_experts = static_cast<int32_t>(args.down->ne[2]);
     b->k         = static_cast<int32_t>(args.ids->ne[0]);
     b->refused   = refuse(args);
+    b->dev       = device_of(args);
+    for (const ggml_tensor * weights : { args.up, args.gate, args.down, args.gate_up }) {
+        if (weights && b->dev && b->refused.empty()) {
+            b->max_rows = std::min(b->max_rows, fate_device_max_rows(b->dev, weights->type));
+        }
+    }
 
     const int32_t layer  = static_cast<int32_t>(blocks_.size());
     b->pool_op           = { this, layer, FATE_PATH_POOL };
-    b->bypass_op         = { this, layer, FATE_PATH_BYPASS };
+    b->other_op          = { this, layer, static_cast<uint8_t>(b->dev ? FATE_PATH_STAGED : FATE_PATH_BYPASS) };
+    b->route_op          = { this, layer, FATE_PATH_NOT_RUN };
     block_of_[args.down] = b.get();
-    pool_.add_layer(b->sources, b->n_experts);
+    pool_.add_layer(b->sources, b->n_experts, b->dev);
     blocks_.push_back(std::move(b));
 }
 
@@ -109,7 +125,7 @@ void fate_engine::build_moe(ggml_context * ctx0, ggml_cgraph * gf, llama_moe_arg
         return;
     }
     const auto it = block_of_.find(args.down);
-    if (it == block_of_.end() || !it->second->layer || it->second->sources != sources_of(args) || ctx_.get_cparams().warmup) {
+    if (it == block_of_.end() || it->second->sources != sources_of(args) || ctx_.get_cparams().warmup) {
         return;
     }
     block &       b      = *it->second;
@@ -118,24 +134,26 @@ void fate_engine::build_moe(ggml_context * ctx0, ggml_cgraph * gf, llama_moe_arg
     if (k != b.k) {
         return; // a warm-up with all experts
     }
-
-    std::vector<ggml_tensor *> sources = { args.ids };
-    if (config_.record && args.weights && args.weights->type == GGML_TYPE_F32 && args.weights->ne[1] == k) {
-        sources.push_back(args.weights);
+    replay(ctx0, b, args);
+    if (b.n_slots == 0) {
+        return;
     }
-    if (k * n_rows > b.layer->table().n_slots) {
-        ggml_tensor * note =
-            ggml_custom_4d(ctx0, GGML_TYPE_I32, 1, 1, 1, 1, sources.data(), static_cast<int>(sources.size()), run_op, 1, &b.bypass_op);
+
+    const bool    pooled  = k * n_rows <= b.n_slots && n_rows <= b.max_rows;
+    ggml_tensor * anchor  = b.device ? pool_.slots_of(b.pool_op.layer, args.down) : nullptr;
+    ggml_tensor * weights = nullptr;
+    if (config_.record && args.weights && args.weights->type == GGML_TYPE_F32 && args.weights->ne[1] == k) {
+        weights = args.weights;
+    }
+    if (!pooled && !b.device) {
+        ggml_tensor * note = add_op(ctx0, 1, 1, args.ids, anchor, weights, b.other_op);
         ggml_format_name(note, "fate_note-%d", args.il);
         ggml_build_forward_expand(gf, note);
         return;
     }
 
-    ggml_tensor * slots =
-        ggml_custom_4d(ctx0, GGML_TYPE_I32, k, n_rows, 1, 1, sources.data(), static_cast<int>(sources.size()), run_op, 1, &b.pool_op);
-    ggml_format_name(slots, "fate_slots-%d", args.il);
-    args.ids = slots;
-
+    args.ids = add_op(ctx0, k, n_rows, args.ids, anchor, weights, pooled ? b.pool_op : b.other_op);
+    ggml_format_name(args.ids, pooled ? "fate_slots-%d" : "fate_staged-%d", args.il);
     for (ggml_tensor ** tensor : expert_tensors(args)) {
 #if defined(FATE_FAULT_BIAS_NOT_POOLED)
         if (tensor == &args.up_b || tensor == &args.gate_b || tensor == &args.down_b || tensor == &args.gate_up_b) {
@@ -143,8 +161,57 @@ void fate_engine::build_moe(ggml_context * ctx0, ggml_cgraph * gf, llama_moe_arg
         }
 #endif
         if (*tensor) {
-            *tensor = pool_.slots_of(b.pool_op.layer, *tensor);
+            *tensor = pooled ? pool_.slots_of(b.pool_op.layer, *tensor) : pool_.staging_of(b.pool_op.layer, *tensor);
         }
+    }
+}
+
+void fate_engine::replay(ggml_context * ctx0, block & b, llama_moe_args & args) {
+    if (!b.router) {
+        return;
+    }
+    ggml_tensor * anchor = b.dev ? args.gate_inp : nullptr;
+    args.ids             = add_op(ctx0, args.ids->ne[0], args.ids->ne[1], args.ids, anchor, nullptr, b.route_op);
+    ggml_format_name(args.ids, "fate_routed-%d", args.il);
+}
+
+// In op_params of an op that a GPU launches: behind what ggml and the backend keep there.
+static const size_t OP_OFFSET = 48;
+
+// src: ids, a weight of the GPU that holds the op there or null, router weights or null.
+ggml_tensor * fate_engine::add_op(ggml_context * ctx0, int64_t k, int64_t n_rows, ggml_tensor * ids, ggml_tensor * anchor,
+                                  ggml_tensor * weights, op & self) {
+    ggml_tensor * dst = ggml_custom_4d(ctx0, GGML_TYPE_I32, k, n_rows, 1, 1, &ids, 1, run_op, 1, &self);
+    dst->src[1]       = anchor;
+    dst->src[2]       = weights;
+    if (anchor) {
+        const op * pointer = &self;
+        fate_device_mark(dst, launch_op);
+        memcpy(reinterpret_cast<char *>(dst->op_params) + OP_OFFSET, &pointer, sizeof(pointer));
+    }
+    return dst;
+}
+
+void fate_engine::route(const op & self, ggml_tensor * dst, void * stream) {
+    const auto & blocks = self.engine->blocks_;
+    blocks[self.layer]->router->launch(self.layer, self.layer + 1 == static_cast<int32_t>(blocks.size()), dst, stream);
+}
+
+// Called by the backend, through which nothing may be thrown.
+void fate_engine::launch_op(ggml_tensor * dst, void * stream) {
+    const op * self;
+    memcpy(&self, reinterpret_cast<const char *>(dst->op_params) + OP_OFFSET, sizeof(self));
+    fate_engine & engine = *self->engine;
+    const block & b      = *engine.blocks_[self->layer];
+    try {
+        if (self == &b.route_op) {
+            route(*self, dst, stream);
+        } else {
+            b.device->launch(b.at, self->path, dst, stream);
+            engine.ran_ = true;
+        }
+    } catch (const std::exception & e) {
+        engine.error_ = e.what();
     }
 }
 
@@ -154,9 +221,16 @@ void fate_engine::run_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
     if (ith != 0) {
         return;
     }
-    const op * self = static_cast<const op *>(userdata);
+    const op *    self = static_cast<const op *>(userdata);
+    const block & b    = *self->engine->blocks_[self->layer];
     try {
-        self->engine->run(self->layer, self->path, dst);
+        if (self == &b.route_op) {
+            route(*self, dst, nullptr);
+        } else if (b.device) {
+            throw fate_error(FATE_STATUS_DECODE, "an op of a layer on a GPU was given to the CPU");
+        } else {
+            self->engine->run(self->layer, self->path, dst);
+        }
     } catch (const std::exception & e) {
         self->engine->error_ = e.what();
     }
@@ -188,7 +262,7 @@ void fate_engine::run(int32_t layer, uint8_t path, ggml_tensor * dst) {
         return;
     }
 
-    const ggml_tensor * weights = dst->src[1];
+    const ggml_tensor * weights = dst->src[2];
     for (int32_t row = 0; row < ids.n_rows; ++row) {
         const int32_t token = r.token_of_row(row, ids.n_rows);
         if (token < 0) {

@@ -169,17 +169,24 @@ void fate_layer::seed(bool callback, fate_layer_io & io) {
     }
 }
 
-int32_t fate_layer::first_inconsistent_slot() const {
-    int32_t n_resident = 0;
-    for (int32_t slot = 0; slot < table_.n_slots; ++slot) {
-        const int32_t expert = expert_of_[slot];
-        if (expert >= table_.n_experts || (expert >= 0 && slot_of_[expert] != slot)) {
+int32_t fate_first_inconsistent_slot(const std::vector<int32_t> & slot_of, const std::vector<int32_t> & expert_of) {
+    const int32_t n_experts  = static_cast<int32_t>(slot_of.size());
+    const int32_t n_slots    = static_cast<int32_t>(expert_of.size());
+    int32_t       n_resident = 0;
+    for (int32_t slot = 0; slot < n_slots; ++slot) {
+        const int32_t expert = expert_of[slot];
+        if (expert < -1 || expert >= n_experts || (expert >= 0 && slot_of[expert] != slot)) {
             return slot;
         }
         n_resident += expert >= 0;
     }
-    for (const int32_t slot : slot_of_) {
+    for (const int32_t slot : slot_of) {
         n_resident -= slot >= 0;
     }
-    return n_resident == 0 && std::count(expert_of_.begin(), expert_of_.end(), -1) == n_free_ ? -1 : table_.n_slots;
+    return n_resident == 0 ? -1 : n_slots;
+}
+
+int32_t fate_layer::first_inconsistent_slot() const {
+    const int32_t bad = fate_first_inconsistent_slot(slot_of_, expert_of_);
+    return bad < 0 && std::count(expert_of_.begin(), expert_of_.end(), -1) != n_free_ ? table_.n_slots : bad;
 }

@@ -34,6 +34,9 @@ struct fate_ids {
     }
 };
 
+// Invariant 3: the slot of the first fault, n_slots if only counts disagree, -1 if there is none.
+int32_t fate_first_inconsistent_slot(const std::vector<int32_t> & slot_of, const std::vector<int32_t> & expert_of);
+
 class fate_layer {
 public:
     fate_layer(int32_t n_experts, int32_t k, int32_t n_slots, int64_t expert_bytes);

@@ -4,7 +4,9 @@
 
 #include "ggml-backend.h"
 
+#include <algorithm>
 #include <cstring>
+#include <set>
 
 static int expert_dim(const ggml_tensor * t) {
     return ggml_n_dims(t) <= 1 ? 0 : (t->ne[2] > 1 ? 2 : 1);
@@ -27,19 +29,19 @@ std::string fate_pool::refuse(const ggml_tensor * source, int64_t n_experts) {
     return "";
 }
 
-void fate_pool::add_layer(const std::vector<ggml_tensor *> & sources, int64_t n_experts) {
-    std::vector<fate_pool_tensor> tensors;
-    for (ggml_tensor * source : sources) {
-        if (source && refuse(source, n_experts).empty()) {
-            tensors.push_back({ source, expert_dim(source), nullptr });
+void fate_pool::add_layer(const std::vector<ggml_tensor *> & sources, int64_t n_experts, ggml_backend_dev_t dev) {
+    layer l = { dev, {} };
+    for (size_t role = 0; role < sources.size(); ++role) {
+        if (sources[role] && refuse(sources[role], n_experts).empty()) {
+            l.tensors.push_back({ sources[role], role, expert_dim(sources[role]), nullptr, nullptr });
         }
     }
-    layers_.push_back(tensors);
+    layers_.push_back(l);
 }
 
 int64_t fate_pool::expert_bytes(int32_t layer) const {
     int64_t sum = 0;
-    for (const fate_pool_tensor & t : layers_[layer]) {
+    for (const fate_pool_tensor & t : layers_[layer].tensors) {
         sum += static_cast<int64_t>(t.expert_bytes());
     }
     return sum;
@@ -53,47 +55,146 @@ int64_t fate_pool::bytes(const std::vector<int32_t> & n_slots) const {
     return sum;
 }
 
-bool fate_pool::allocate(const std::vector<int32_t> & n_slots) {
-    size_t n_tensors = 0;
-    for (const auto & layer : layers_) {
-        n_tensors += layer.size();
-    }
-    ctx_.reset(ggml_init({ (n_tensors + 1) * ggml_tensor_overhead(), nullptr, /*no_alloc =*/true }));
-    if (!ctx_) {
-        return false;
-    }
-    for (size_t layer = 0; layer < layers_.size(); ++layer) {
-        if (n_slots[layer] == 0) {
+// The largest tensor of each role on a device; what upstream reads past its end is counted in.
+std::vector<size_t> fate_pool::role_bytes(ggml_backend_dev_t dev, const std::vector<int32_t> * n_slots) const {
+    const size_t        align = ggml_backend_buft_get_alignment(ggml_backend_dev_buffer_type(dev));
+    std::vector<size_t> bytes;
+    for (size_t i = 0; i < layers_.size(); ++i) {
+        if (layers_[i].dev != dev || (n_slots && (*n_slots)[i] == 0)) {
             continue;
         }
-        for (fate_pool_tensor & t : layers_[layer]) {
+        for (const fate_pool_tensor & t : layers_[i].tensors) {
+            bytes.resize(std::max(bytes.size(), t.role + 1));
+            const size_t size = ggml_backend_buft_get_alloc_size(ggml_backend_dev_buffer_type(dev), t.source) + FATE_POOL_TAIL;
+            bytes[t.role]     = std::max(bytes[t.role], GGML_PAD(size, align));
+        }
+    }
+    return bytes;
+}
+
+int64_t fate_pool::staging_bytes(const std::vector<int32_t> * n_slots) const {
+    std::set<ggml_backend_dev_t> devs;
+    int64_t                      sum = 0;
+    for (const layer & l : layers_) {
+        if (l.dev && devs.insert(l.dev).second) {
+            for (const size_t n : role_bytes(l.dev, n_slots)) {
+                sum += static_cast<int64_t>(n);
+            }
+        }
+    }
+    return sum;
+}
+
+bool fate_pool::allocate_slots(ggml_backend_dev_t dev, const std::vector<int32_t> & n_slots) {
+    size_t n_tensors = 0;
+    for (const layer & l : layers_) {
+        n_tensors += l.tensors.size();
+    }
+    ctxs_.emplace_back(ggml_init({ (n_tensors + 1) * ggml_tensor_overhead(), nullptr, /*no_alloc =*/true }));
+    if (!ctxs_.back()) {
+        return false;
+    }
+    for (size_t i = 0; i < layers_.size(); ++i) {
+        if (n_slots[i] == 0 || layers_[i].dev != dev) {
+            continue;
+        }
+        for (fate_pool_tensor & t : layers_[i].tensors) {
             int64_t ne[GGML_MAX_DIMS] = { t.source->ne[0], t.source->ne[1], t.source->ne[2], 1 };
-            ne[t.expert_dim]          = n_slots[layer];
-            t.slots                   = ggml_new_tensor(ctx_.get(), t.source->type, GGML_MAX_DIMS, ne);
+            ne[t.expert_dim]          = n_slots[i];
+            t.slots                   = ggml_new_tensor(ctxs_.back().get(), t.source->type, GGML_MAX_DIMS, ne);
             ggml_format_name(t.slots, "%.48s (slots)", t.source->name);
         }
     }
-    buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx_.get(), ggml_backend_cpu_buffer_type()));
-    if (!buffer_) {
+    ggml_backend_buffer_type_t buft = dev ? ggml_backend_dev_buffer_type(dev) : ggml_backend_cpu_buffer_type();
+    buffers_.emplace_back(ggml_backend_alloc_ctx_tensors_from_buft(ctxs_.back().get(), buft));
+    if (!buffers_.back()) {
         return false;
     }
-    ggml_backend_buffer_set_usage(buffer_.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-    ggml_backend_buffer_clear(buffer_.get(), 0);
+    ggml_backend_buffer_set_usage(buffers_.back().get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    ggml_backend_buffer_clear(buffers_.back().get(), 0);
     return true;
 }
 
-ggml_tensor * fate_pool::slots_of(int32_t layer, ggml_tensor * source) const {
-    for (const fate_pool_tensor & t : layers_[layer]) {
+bool fate_pool::allocate_staging(ggml_backend_dev_t dev, const std::vector<int32_t> & n_slots) {
+    const std::vector<size_t> bytes     = role_bytes(dev, &n_slots);
+    size_t                    n_tensors = 0;
+    size_t                    total     = 0;
+    for (const layer & l : layers_) {
+        n_tensors += l.tensors.size();
+    }
+    for (const size_t n : bytes) {
+        total += n;
+    }
+    ctxs_.emplace_back(ggml_init({ (n_tensors + 1) * ggml_tensor_overhead(), nullptr, /*no_alloc =*/true }));
+    buffers_.emplace_back(ggml_backend_buft_alloc_buffer(ggml_backend_dev_buffer_type(dev), total));
+    if (!ctxs_.back() || !buffers_.back()) {
+        return false;
+    }
+    ggml_backend_buffer_set_usage(buffers_.back().get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    for (size_t i = 0; i < layers_.size(); ++i) {
+        if (n_slots[i] == 0 || layers_[i].dev != dev) {
+            continue;
+        }
+        for (fate_pool_tensor & t : layers_[i].tensors) {
+            char * at = static_cast<char *>(ggml_backend_buffer_get_base(buffers_.back().get()));
+            for (size_t role = 0; role < t.role; ++role) {
+                at += bytes[role];
+            }
+            t.staging = ggml_dup_tensor(ctxs_.back().get(), t.source);
+            ggml_format_name(t.staging, "%.46s (staging)", t.source->name);
+            if (ggml_backend_tensor_alloc(buffers_.back().get(), t.staging, at) != GGML_STATUS_SUCCESS) {
+                return false;
+            }
+        }
+    }
+    ggml_backend_buffer_clear(buffers_.back().get(), 0);
+    return true;
+}
+
+bool fate_pool::allocate(const std::vector<int32_t> & n_slots) {
+    std::set<ggml_backend_dev_t> devs;
+    for (size_t i = 0; i < layers_.size(); ++i) {
+        if (n_slots[i] > 0) {
+            devs.insert(layers_[i].dev);
+        }
+    }
+    for (ggml_backend_dev_t dev : devs) {
+        if (!allocate_slots(dev, n_slots) || (dev && !allocate_staging(dev, n_slots))) {
+            release();
+            return false;
+        }
+    }
+    return true;
+}
+
+void fate_pool::release() {
+    for (layer & l : layers_) {
+        for (fate_pool_tensor & t : l.tensors) {
+            t.slots   = nullptr;
+            t.staging = nullptr;
+        }
+    }
+    buffers_.clear();
+    ctxs_.clear();
+}
+
+const fate_pool_tensor * fate_pool::find(int32_t layer, const ggml_tensor * source) const {
+    for (const fate_pool_tensor & t : layers_[layer].tensors) {
         if (t.source == source) {
-            return t.slots;
+            return &t;
         }
     }
     return nullptr;
 }
 
-void fate_pool::release() {
-    buffer_.reset();
-    ctx_.reset();
+ggml_tensor * fate_pool::slots_of(int32_t layer, ggml_tensor * source) const {
+    const fate_pool_tensor * t = find(layer, source);
+    return t ? t->slots : nullptr;
+}
+
+ggml_tensor * fate_pool::staging_of(int32_t layer, ggml_tensor * source) const {
+    const fate_pool_tensor * t = find(layer, source);
+    return t ? t->staging : nullptr;
 }
 
 void fate_pool::fill(int32_t layer, int32_t expert, int32_t slot) {
@@ -102,16 +203,23 @@ void fate_pool::fill(int32_t layer, int32_t expert, int32_t slot) {
         return;
     }
 #endif
-    for (const fate_pool_tensor & t : layers_[layer]) {
+    for (const fate_pool_tensor & t : layers_[layer].tensors) {
         const size_t n = t.expert_bytes();
         memcpy(static_cast<char *>(t.slots->data) + slot * n, static_cast<const char *>(t.source->data) + expert * n, n);
     }
 }
 
 bool fate_pool::holds(int32_t layer, int32_t expert, int32_t slot) const {
-    for (const fate_pool_tensor & t : layers_[layer]) {
-        const size_t n = t.expert_bytes();
-        if (memcmp(static_cast<const char *>(t.slots->data) + slot * n, static_cast<const char *>(t.source->data) + expert * n, n) != 0) {
+    for (const fate_pool_tensor & t : layers_[layer].tensors) {
+        const size_t      n = t.expert_bytes();
+        std::vector<char> copy;
+        const char *      held = static_cast<const char *>(t.slots->data) + slot * n;
+        if (layers_[layer].dev) {
+            copy.resize(n);
+            ggml_backend_tensor_get(t.slots, copy.data(), slot * n, n);
+            held = copy.data();
+        }
+        if (memcmp(held, static_cast<const char *>(t.source->data) + expert * n, n) != 0) {
             return false;
         }
     }

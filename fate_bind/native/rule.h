@@ -31,17 +31,26 @@ FATE_HOST_DEVICE inline float fate_rule_key(const fate_table & t, int32_t expert
     return t.last_use[expert] > t.published_at ? t.score[expert] + t.bonus : t.score[expert];
 }
 
-// True if expert a goes before expert b. A strict total order, so that parallel searches agree with serial ones.
-FATE_HOST_DEVICE inline bool fate_rule_before(const fate_table & t, int32_t a, int32_t b) {
-    const float key_a = fate_rule_key(t, a);
-    const float key_b = fate_rule_key(t, b);
-    if (key_a != key_b) {
-        return key_a < key_b;
+// What victims are ordered by.
+struct fate_rank {
+    float   key;
+    int64_t last_use;
+    int32_t expert;
+};
+
+FATE_HOST_DEVICE inline fate_rank fate_rule_rank(const fate_table & t, int32_t expert) {
+    return { fate_rule_key(t, expert), t.last_use[expert], expert };
+}
+
+// True if a goes before b. A strict total order, so that parallel searches agree with serial ones.
+FATE_HOST_DEVICE inline bool fate_rule_before(const fate_rank & a, const fate_rank & b) {
+    if (a.key != b.key) {
+        return a.key < b.key;
     }
-    if (t.last_use[a] != t.last_use[b]) {
-        return t.last_use[a] < t.last_use[b];
+    if (a.last_use != b.last_use) {
+        return a.last_use < b.last_use;
     }
-    return a < b;
+    return a.expert < b.expert;
 }
 
 // The slot of the victim, -1 if every resident expert is needed. needed[n_experts]: 1 for experts of the op at hand.
@@ -57,7 +66,7 @@ FATE_HOST_DEVICE inline int32_t fate_rule_victim(const fate_table & t, const uin
             continue;
         }
 #endif
-        if (best < 0 || fate_rule_before(t, expert, t.expert_of[best])) {
+        if (best < 0 || fate_rule_before(fate_rule_rank(t, expert), fate_rule_rank(t, t.expert_of[best]))) {
             best = slot;
         }
     }

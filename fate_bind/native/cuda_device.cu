@@ -1,0 +1,439 @@
+// The CUDA half of the engine: owns a device's tables and buffers, launches, brings records back.
+#include "cuda_check.h"
+#include "cuda_kernels.cuh"
+#include "cuda_launch.h"
+#include "device.h"
+#include "pin.h"
+
+#include "ggml-cuda.h"
+
+#include <algorithm>
+#include <cstring>
+
+int get_mmvq_mmid_max_batch(ggml_type type, int cc); // upstream's mmvq.cuh
+
+static const int32_t MAX_ROWS_FLOAT = 8;             // upstream's kernels for unquantised types do not look at the number of experts
+
+std::string fate_device_refuse(ggml_backend_dev_t dev) {
+    try {
+        fate_cuda_ordinal(dev);
+        return "";
+    } catch (const fate_error & e) {
+        return e.what();
+    }
+}
+
+int32_t fate_device_max_rows(ggml_backend_dev_t dev, ggml_type type) {
+    int major = 0;
+    int minor = 0;
+    FATE_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, fate_cuda_ordinal(dev)));
+    FATE_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, fate_cuda_ordinal(dev)));
+    return ggml_is_quantized(type) ? get_mmvq_mmid_max_batch(type, 100 * major + 10 * minor) : MAX_ROWS_FLOAT;
+}
+
+void fate_device_mark(ggml_tensor * op, void (*launch)(ggml_tensor * dst, void * stream)) {
+    const ggml_cuda_custom custom = { GGML_CUDA_CUSTOM_MAGIC, launch };
+    static_assert(GGML_CUDA_CUSTOM_OFFSET + sizeof(custom) <= GGML_MAX_OP_PARAMS, "op_params are too small");
+    memcpy(reinterpret_cast<char *>(op->op_params) + GGML_CUDA_CUSTOM_OFFSET, &custom, sizeof(custom));
+}
+
+struct pinned_buffer {
+    char * data = nullptr;
+
+    pinned_buffer()                                  = default;
+    pinned_buffer(const pinned_buffer &)             = delete;
+    pinned_buffer & operator=(const pinned_buffer &) = delete;
+
+    void allocate(size_t n) {
+        FATE_CUDA(cudaHostAlloc(reinterpret_cast<void **>(&data), n, cudaHostAllocPortable | cudaHostAllocMapped));
+        memset(data, 0, n);
+    }
+
+    ~pinned_buffer() { cudaFreeHost(data); }
+};
+
+struct event {
+    cudaEvent_t handle = nullptr;
+
+    event()                          = default;
+    event(const event &)             = delete;
+    event & operator=(const event &) = delete;
+
+    void create() { FATE_CUDA(cudaEventCreateWithFlags(&handle, cudaEventDisableTiming)); }
+
+    ~event() {
+        if (handle) {
+            cudaEventDestroy(handle);
+        }
+    }
+};
+
+class fate_cuda_device final : public fate_device {
+public:
+    fate_cuda_device(int ordinal, const fate_device_config & config);
+    ~fate_cuda_device() override;
+
+    void        reset() override;
+    void        begin(int32_t n_tokens) override;
+    void        launch(size_t layer, uint8_t path, ggml_tensor * dst, void * stream) override;
+    std::string end(int which) override;
+    void        collect(int which, fate_record & record) override;
+    void        publish(const float * scores, int32_t stride, const float * bonus) override;
+    void        get_counters(std::vector<int64_t> & counters) const override;
+    void        get_launches(int64_t & launches, int64_t & captures) const override;
+    void        get_tables(size_t layer, std::vector<int32_t> & slot_of, std::vector<int32_t> & expert_of) const override;
+
+private:
+    // Where the parts of what comes back lie; the part that grows with the tokens is last.
+    struct parts {
+        size_t counters, steps, fills, evictions, ids, weights, hits, size;
+    };
+
+    parts        parts_of(int32_t n_tokens) const;
+    void         bind(const fate_device_config & config);
+    void         enqueue(uint8_t path, const fate_cuda_layer & layer, const fate_cuda_call & call, cudaStream_t stream);
+    const void * on_device(const void * p) const;
+
+    size_t pairs(int32_t n_tokens) const { return layers_.size() * static_cast<size_t>(n_tokens) * max_k_; }
+
+    const int                    ordinal_;
+    const fate_device_config     config_;
+    bool                         chains_   = false; // programmatic dependent launch
+    int                          n_blocks_ = 0;     // of kernels that have the device to themselves
+    std::vector<fate_pin>        pins_;
+    std::vector<fate_cuda_layer> layers_;
+    size_t                       max_experts_ = 0;
+    int32_t                      max_k_       = 0;
+
+    device_array<int32_t>         maps_;  // slot_of, expert_of
+    device_array<char>            state_; // last_use, score, head
+    size_t                        state_bytes_ = 0;
+    device_array<char>            back_;  // parts
+    device_array<fate_cuda_layer> device_layers_;
+    device_array<int32_t>         index_;
+    pinned_buffer                 home_[2];
+    event                         is_home_[2];
+    pinned_buffer                 scores_[2];
+    event                         is_published_[2];
+    int64_t                       n_published_ = 0;
+
+    cudaStream_t stream_       = nullptr; // of the backend, known from the first launch on
+    int32_t      n_tokens_     = 0;
+    int32_t      tokens_in_[2] = { 0, 0 };
+    int          last_         = -1; // the buffer of the last step, -1: none since the reset
+    int64_t      n_launches_   = 0;
+    int64_t      n_captures_   = 0;
+};
+
+static fate_cuda_tensor tensor_of(const fate_device_tensor & from, const void * source) {
+    fate_cuda_tensor t;
+    t.source       = static_cast<const char *>(source);
+    t.slots        = static_cast<char *>(from.slots);
+    t.staging      = static_cast<char *>(from.staging);
+    t.expert_bytes = from.expert_bytes;
+
+    const uintptr_t all = reinterpret_cast<uintptr_t>(source) | reinterpret_cast<uintptr_t>(from.slots) |
+                          reinterpret_cast<uintptr_t>(from.staging) | from.expert_bytes | from.tail_bytes;
+    t.width             = all % 16 == 0 ? 16 : all % 4 == 0 ? 4 : 1;
+    t.n_units           = static_cast<uint32_t>(from.expert_bytes / t.width);
+    t.n_tail            = static_cast<uint32_t>(from.tail_bytes / t.width);
+    return t;
+}
+
+fate_cuda_device::fate_cuda_device(int ordinal, const fate_device_config & config) : ordinal_(ordinal), config_(config) {
+    const device_scope scope(ordinal);
+    FATE_CUDA(cudaDeviceGetAttribute(&n_blocks_, cudaDevAttrMultiProcessorCount, ordinal));
+    chains_ = fate_cuda_chains(ordinal, reinterpret_cast<const void *>(fate_bring<false>));
+
+    for (const fate_host_range & range : config.ranges) {
+        pins_.emplace_back(range.data, range.size);
+    }
+    bind(config);
+    reset();
+}
+
+const void * fate_cuda_device::on_device(const void * p) const {
+    for (size_t i = 0; i < pins_.size(); ++i) {
+        const char * begin = static_cast<const char *>(config_.ranges[i].data);
+        if (p >= begin && p < begin + config_.ranges[i].size) {
+            return pins_[i].on_device(p);
+        }
+    }
+    throw fate_error(FATE_STATUS_MODEL, "an expert lies outside of the page-locked memory");
+}
+
+fate_cuda_device::parts fate_cuda_device::parts_of(int32_t n_tokens) const {
+    const size_t n = layers_.size();
+    parts        p;
+    p.counters  = 0;
+    p.steps     = p.counters + n * FATE_N_COUNTERS * sizeof(int64_t);
+    p.fills     = p.steps + n * sizeof(fate_cuda_step);
+    p.evictions = p.fills + n * max_experts_ * sizeof(int32_t);
+    p.ids       = p.evictions + n * max_experts_ * sizeof(int32_t);
+    p.weights   = p.ids + pairs(n_tokens) * sizeof(int32_t);
+    p.hits      = p.weights + (config_.weights ? pairs(n_tokens) * sizeof(float) : 0);
+    p.size      = config_.wants_steps ? p.hits + pairs(n_tokens) : p.steps;
+    return p;
+}
+
+// Makes the device's memory and points the layers at it.
+void fate_cuda_device::bind(const fate_device_config & config) {
+    const size_t n = config.layers.size();
+    layers_.resize(n);
+    for (const fate_device_layer & from : config.layers) {
+        if (from.n_experts > FATE_CUDA_MAX_EXPERTS || from.tensors.size() > FATE_CUDA_MAX_TENSORS) {
+            throw fate_error(FATE_STATUS_MODEL,
+                             fate_format("layer %d has %d experts in %zu tensors; the CUDA engine serves up to %d in %d", from.index,
+                                         from.n_experts, from.tensors.size(), FATE_CUDA_MAX_EXPERTS, FATE_CUDA_MAX_TENSORS));
+        }
+        max_experts_ = std::max(max_experts_, static_cast<size_t>(from.n_experts));
+        max_k_       = std::max(max_k_, from.k);
+    }
+    const size_t rows       = n * max_experts_;
+    const size_t head_bytes = n * sizeof(fate_cuda_head);
+    state_bytes_            = rows * (sizeof(int64_t) + sizeof(float)) + head_bytes;
+    maps_.allocate(2 * rows);
+    state_.allocate(state_bytes_);
+    const parts p = parts_of(config.max_tokens);
+    back_.allocate(p.size);
+
+    int64_t *            last_use = reinterpret_cast<int64_t *>(state_.data);
+    fate_cuda_head *     head     = reinterpret_cast<fate_cuda_head *>(state_.data + rows * sizeof(int64_t));
+    float *              score    = reinterpret_cast<float *>(state_.data + rows * sizeof(int64_t) + head_bytes);
+    int32_t              most     = 0;
+    std::vector<int32_t> index(n);
+    for (size_t i = 0; i < n; ++i) {
+        const fate_device_layer & from = config.layers[i];
+        fate_cuda_layer &         to   = layers_[i];
+        memset(&to, 0, sizeof(to));
+        to.n_experts = from.n_experts;
+        to.n_slots   = from.n_slots;
+        to.k         = from.k;
+        to.n_tensors = static_cast<int32_t>(from.tensors.size());
+        to.slot_of   = maps_.data + i * max_experts_;
+        to.expert_of = maps_.data + rows + i * max_experts_;
+        to.last_use  = last_use + i * max_experts_;
+        to.score     = score + i * max_experts_;
+        to.head      = head + i;
+        to.counters  = reinterpret_cast<int64_t *>(back_.data + p.counters) + i * FATE_N_COUNTERS;
+        if (config.wants_steps) {
+            to.step      = reinterpret_cast<fate_cuda_step *>(back_.data + p.steps) + i;
+            to.fills     = reinterpret_cast<int32_t *>(back_.data + p.fills) + i * max_experts_;
+            to.evictions = reinterpret_cast<int32_t *>(back_.data + p.evictions) + i * max_experts_;
+        }
+        uint64_t n_units = 0;
+        to.is_wide       = true;
+        for (int32_t t = 0; t < to.n_tensors; ++t) {
+            to.tensors[t] = tensor_of(from.tensors[t], on_device(from.tensors[t].source));
+            n_units += to.tensors[t].n_units + to.tensors[t].n_tail;
+            to.is_wide = to.is_wide && to.tensors[t].width == 16;
+        }
+        if (n_units * from.n_experts >= INT32_MAX) {
+            throw fate_error(FATE_STATUS_MODEL, fate_format("layer %d: its experts are too many or too oddly sized to copy", from.index));
+        }
+        index[i] = from.index;
+        most     = std::max(most, from.index);
+    }
+    device_layers_.allocate(n);
+    index_.allocate(n);
+    FATE_CUDA(cudaMemcpy(device_layers_.data, layers_.data(), n * sizeof(fate_cuda_layer), cudaMemcpyHostToDevice));
+    FATE_CUDA(cudaMemcpy(index_.data, index.data(), n * sizeof(int32_t), cudaMemcpyHostToDevice));
+    for (int i = 0; i < 2; ++i) {
+        home_[i].allocate(p.size);
+        is_home_[i].create();
+        is_published_[i].create();
+    }
+}
+
+fate_cuda_device::~fate_cuda_device() {
+    try {
+        const device_scope scope(ordinal_);
+        FATE_CUDA(cudaDeviceSynchronize());
+    } catch (const fate_error &) {
+        // a lost device: there is nothing left to wait for
+    }
+}
+
+void fate_cuda_device::reset() {
+    const device_scope scope(ordinal_);
+    const parts        p = parts_of(0);
+    FATE_CUDA(cudaMemsetAsync(maps_.data, 0xff, 2 * layers_.size() * max_experts_ * sizeof(int32_t), stream_));
+    FATE_CUDA(cudaMemsetAsync(state_.data, 0, state_bytes_, stream_));
+    FATE_CUDA(cudaMemsetAsync(back_.data, 0, config_.wants_steps ? p.fills : p.steps, stream_));
+    if (!stream_) {
+        FATE_CUDA(cudaDeviceSynchronize());
+    }
+    last_ = -1;
+}
+
+void fate_cuda_device::begin(int32_t n_tokens) {
+    n_tokens_ = n_tokens;
+}
+
+void fate_cuda_device::enqueue(uint8_t path, const fate_cuda_layer & layer, const fate_cuda_call & call, cudaStream_t stream) {
+    if (path == FATE_PATH_POOL) {
+        fate_cuda_launch(fate_bring<false>, FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, fate_bring_bytes(layer.n_experts), stream, chains_,
+                         layer, call);
+        return;
+    }
+    fate_stage<<<n_blocks_, FATE_CUDA_THREADS, 0, stream>>>(layer, call);
+    FATE_CUDA(cudaGetLastError());
+
+    // the last rows seed the slots, from staging while it holds them
+    fate_cuda_call seeds = call;
+    seeds.n_rows         = std::min(call.n_rows, layer.n_slots / layer.k);
+    seeds.ids            = call.ids + (call.n_rows - seeds.n_rows) * call.stride;
+    fate_bring<true><<<n_blocks_, FATE_CUDA_THREADS, fate_bring_bytes(layer.n_experts), stream>>>(layer, seeds);
+    FATE_CUDA(cudaGetLastError());
+}
+
+void fate_cuda_device::launch(size_t layer, uint8_t path, ggml_tensor * dst, void * stream) {
+    const ggml_tensor * ids     = dst->src[0];
+    const ggml_tensor * weights = dst->src[2];
+    stream_                     = static_cast<cudaStream_t>(stream);
+
+    fate_cuda_call call = {};
+    call.ids            = static_cast<const char *>(ids->data);
+    call.stride         = static_cast<int64_t>(ids->nb[1]);
+    call.n_rows         = static_cast<int32_t>(ids->ne[1]);
+    call.out            = static_cast<int32_t *>(dst->data);
+    if (config_.wants_steps) {
+        const parts  p   = parts_of(n_tokens_);
+        const size_t at  = layer * static_cast<size_t>(n_tokens_) * max_k_;
+        call.record_k    = max_k_;
+        call.record_ids  = reinterpret_cast<int32_t *>(back_.data + p.ids) + at;
+        call.record_hits = reinterpret_cast<uint8_t *>(back_.data + p.hits) + at;
+        if (weights && config_.weights) {
+            call.weights        = static_cast<const char *>(weights->data);
+            call.weights_nb1    = static_cast<int64_t>(weights->nb[1]);
+            call.weights_nb2    = static_cast<int64_t>(weights->nb[2]);
+            call.record_weights = reinterpret_cast<float *>(back_.data + p.weights) + at;
+        }
+    }
+    enqueue(path, layers_[layer], call, stream_);
+    cudaStreamCaptureStatus status;
+    FATE_CUDA(cudaStreamIsCapturing(stream_, &status));
+    ++n_launches_;
+    n_captures_ += status == cudaStreamCaptureStatusActive;
+}
+
+std::string fate_cuda_device::end(int which) {
+    try {
+        const device_scope scope(ordinal_);
+        const parts        p = parts_of(n_tokens_);
+        FATE_CUDA(cudaMemcpyAsync(home_[which].data, back_.data, p.size, cudaMemcpyDeviceToHost, stream_));
+        if (config_.wants_steps) { // layers that a step leaves out say so
+            FATE_CUDA(cudaMemsetAsync(back_.data + p.steps, 0, layers_.size() * sizeof(fate_cuda_step), stream_));
+        }
+        FATE_CUDA(cudaEventRecord(is_home_[which].handle, stream_));
+        tokens_in_[which] = n_tokens_;
+        last_             = which;
+        return "";
+    } catch (const fate_error & e) {
+        return e.what();
+    }
+}
+
+void fate_cuda_device::collect(int which, fate_record & record) {
+    FATE_CUDA(cudaEventSynchronize(is_home_[which].handle));
+    const char *           home      = home_[which].data;
+    const int32_t          n_tokens  = tokens_in_[which];
+    const parts            p         = parts_of(n_tokens);
+    const fate_cuda_step * steps     = reinterpret_cast<const fate_cuda_step *>(home + p.steps);
+    const int32_t *        fills     = reinterpret_cast<const int32_t *>(home + p.fills);
+    const int32_t *        evictions = reinterpret_cast<const int32_t *>(home + p.evictions);
+    const int32_t *        ids       = reinterpret_cast<const int32_t *>(home + p.ids);
+    const float *          weights   = reinterpret_cast<const float *>(home + p.weights);
+    const uint8_t *        hits      = reinterpret_cast<const uint8_t *>(home + p.hits);
+    for (const int32_t path : { FATE_PATH_POOL, FATE_PATH_STAGED }) {
+        for (size_t i = 0; i < layers_.size(); ++i) {
+            if (steps[i].path != path) {
+                continue;
+            }
+            const int32_t layer = config_.layers[i].index;
+            const int32_t k     = config_.layers[i].k;
+            for (int32_t row = 0; row < steps[i].n_rows; ++row) {
+                const int32_t token = record.token_of_row(row, steps[i].n_rows);
+                const size_t  at    = (i * n_tokens + row) * static_cast<size_t>(max_k_);
+                if (token < 0) {
+                    break; // not one of the step's tokens: left out of the record
+                }
+                record.set_row(token, layer, static_cast<uint8_t>(path));
+                std::copy_n(ids + at, k, record.ids(token, layer));
+                std::copy_n(hits + at, k, record.hits(token, layer));
+                if (config_.weights && record.weights(token, layer)) {
+                    std::copy_n(weights + at, k, record.weights(token, layer));
+                }
+            }
+            for (int32_t j = 0; j < steps[i].n_fills; ++j) {
+                record.add_fill(layer, fills[i * max_experts_ + j]);
+            }
+            for (int32_t j = 0; j < steps[i].n_evictions; ++j) {
+                record.add_eviction(layer, evictions[i * max_experts_ + j]);
+            }
+        }
+    }
+}
+
+void fate_cuda_device::publish(const float * scores, int32_t stride, const float * bonus) {
+    const device_scope scope(ordinal_);
+    const int          which   = static_cast<int>(n_published_++ % 2);
+    const float *      on_host = nullptr;
+    size_t             n_all   = 0;
+    if (scores) {
+        n_all              = 1 + static_cast<size_t>(config_.layers.back().index);
+        const size_t bytes = n_all * (stride + 1) * sizeof(float);
+        if (!scores_[which].data) {
+            scores_[which].allocate(bytes);
+        }
+        if (n_published_ > 2) {
+            FATE_CUDA(cudaEventSynchronize(is_published_[which].handle)); // long done: two publications ago
+        }
+        memcpy(scores_[which].data, scores, n_all * stride * sizeof(float));
+        memcpy(scores_[which].data + n_all * stride * sizeof(float), bonus, n_all * sizeof(float));
+        on_host = reinterpret_cast<const float *>(scores_[which].data);
+    }
+    fate_publish<<<static_cast<unsigned>(layers_.size()), 256, 0, stream_>>>(device_layers_.data, index_.data, on_host, stride,
+                                                                             on_host ? on_host + n_all * stride : nullptr);
+    FATE_CUDA(cudaGetLastError());
+    FATE_CUDA(cudaEventRecord(is_published_[which].handle, stream_));
+    if (!stream_) {
+        FATE_CUDA(cudaDeviceSynchronize());
+    }
+}
+
+void fate_cuda_device::get_counters(std::vector<int64_t> & counters) const {
+    counters.assign(layers_.size() * FATE_N_COUNTERS, 0);
+    if (last_ < 0) {
+        return;
+    }
+    FATE_CUDA(cudaEventSynchronize(is_home_[last_].handle));
+    memcpy(counters.data(), home_[last_].data, counters.size() * sizeof(int64_t));
+    for (size_t i = 0; i < layers_.size(); ++i) {
+        int64_t * c            = counters.data() + i * FATE_N_COUNTERS;
+        int64_t   expert_bytes = 0;
+        for (const fate_device_tensor & t : config_.layers[i].tensors) {
+            expert_bytes += static_cast<int64_t>(t.expert_bytes);
+        }
+        c[FATE_COUNTER_ROUTED] = c[FATE_COUNTER_HITS] + c[FATE_COUNTER_MISSES] + c[FATE_COUNTER_STAGED];
+        c[FATE_COUNTER_BYTES]  = c[FATE_COUNTER_FILLS] * expert_bytes;
+    }
+}
+
+void fate_cuda_device::get_launches(int64_t & launches, int64_t & captures) const {
+    launches = n_launches_;
+    captures = n_captures_;
+}
+
+void fate_cuda_device::get_tables(size_t layer, std::vector<int32_t> & slot_of, std::vector<int32_t> & expert_of) const {
+    const device_scope scope(ordinal_);
+    FATE_CUDA(cudaDeviceSynchronize());
+    slot_of.resize(layers_[layer].n_experts);
+    expert_of.resize(layers_[layer].n_slots);
+    FATE_CUDA(cudaMemcpy(slot_of.data(), layers_[layer].slot_of, slot_of.size() * sizeof(int32_t), cudaMemcpyDeviceToHost));
+    FATE_CUDA(cudaMemcpy(expert_of.data(), layers_[layer].expert_of, expert_of.size() * sizeof(int32_t), cudaMemcpyDeviceToHost));
+}
+
+std::unique_ptr<fate_device> fate_device_open(ggml_backend_dev_t dev, const fate_device_config & config) {
+    return std::make_unique<fate_cuda_device>(fate_cuda_ordinal(dev), config);
+}

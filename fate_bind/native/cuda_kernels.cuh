@@ -1,0 +1,275 @@
+// What runs on the GPU: the decision, the copies, the tables. One launch a layer; nothing here waits for the host or for another block.
+//
+// Every block of a launch takes the same decision from the same tables and copies its share; the last block to have read the tables changes them when
+// it has copied.
+// In the all-hit case only block 0 goes on, and changes nothing that the others look at.
+#pragma once
+
+#include "cuda_copy.cuh"
+
+#include <climits>
+
+//
+// resolve and fill
+//
+
+// Shared memory of fate_bring: arrays of cap entries, so that few experts need little of it and the launch finds room beside its predecessor.
+static inline __host__ __device__ int32_t fate_bring_cap(int32_t n_experts) {
+    return (n_experts + 31) / 32 * 32;
+}
+
+static inline size_t fate_bring_bytes(int32_t n_experts) {
+    return fate_bring_cap(n_experts) * (sizeof(int64_t) + 7 * sizeof(int32_t));
+}
+
+// SEED false: the pool path's op. SEED true: admits the experts of the call's rows after a staged op, from staging; nothing is used or looked up.
+template <bool SEED>
+static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __grid_constant__ fate_cuda_layer layer,
+                                                                       const __grid_constant__ fate_cuda_call  call) {
+    extern __shared__ int64_t s_last_use[];                                              // by slot
+    const int32_t             cap         = fate_bring_cap(layer.n_experts);
+    float * const             s_key       = reinterpret_cast<float *>(s_last_use + cap); // by slot
+    int32_t * const           s_slot_of   = reinterpret_cast<int32_t *>(s_key + cap);
+    int32_t * const           s_first     = s_slot_of + cap;                             // the first use in the op, INT_MAX: not needed
+    int32_t * const           s_expert_of = s_first + cap;                               // -1: free, -2: needed
+    int32_t * const           s_missing   = s_expert_of + cap;
+    int32_t * const           s_target    = s_missing + cap;                             // slots for the missing
+    int32_t * const           s_before    = s_target + cap;                              // by slot: candidates that go first
+    __shared__ int            s_scratch[33];
+    __shared__ unsigned       s_arrived;
+
+    // the tables were last changed in another step: they are asked for before what runs before has ended
+    const int     tid       = threadIdx.x;
+    const bool    is_expert = tid < layer.n_experts;
+    const int32_t slot_of   = is_expert ? layer.slot_of[tid] : 0;
+    const int64_t clock     = layer.head->clock;
+    const int     n_pairs   = call.n_rows * layer.k;
+    const bool    is_pair   = tid < n_pairs;
+    const int     row       = tid / layer.k;
+    const int     rank      = layer.k - 1 - tid % layer.k; // uses are ordered by row, then from the worst rank
+    fate_pdl_launch_next();
+    fate_pdl_wait();
+
+    const int32_t expert = is_pair ? fate_id(call, row, rank) : 0;
+    if (is_expert) {
+        s_slot_of[tid] = slot_of;
+        s_first[tid]   = INT_MAX;
+    }
+    __syncthreads();
+    const int32_t slot = s_slot_of[expert];
+    if (!__syncthreads_or(is_pair && slot < 0)) {
+        if (SEED || blockIdx.x != 0) {
+            return;
+        }
+        if (is_pair) {
+            call.out[row * layer.k + rank] = slot;
+            fate_max(&layer.last_use[expert], clock + tid + 1);
+            fate_note(layer, call, row, rank, expert, true);
+        }
+        if (tid == 0) {
+            layer.head->clock = clock + n_pairs;
+            fate_add(&layer.counters[FATE_COUNTER_HITS], n_pairs);
+            fate_add(&layer.counters[FATE_COUNTER_ROWS], call.n_rows);
+            fate_add(&layer.counters[FATE_COUNTER_ROWS_ALL_RESIDENT], call.n_rows);
+            if (layer.step) {
+                *layer.step = { FATE_PATH_POOL, call.n_rows, 0, 0 };
+            }
+        }
+        return;
+    }
+
+    // who is missing, in order of first use
+    const int32_t held = tid < layer.n_slots ? layer.expert_of[tid] : -1;
+    fate_rank     mine = { 0.0f, 0, held };
+    if (held >= 0) {
+        fate_table table;
+        table.last_use     = layer.last_use;
+        table.score        = layer.score;
+        table.bonus        = layer.head->bonus;
+        table.published_at = layer.head->published_at;
+        mine               = fate_rule_rank(table, held);
+    }
+    if (is_pair) {
+        atomicMin(&s_first[expert], tid);
+    }
+    __syncthreads();
+    if (tid < layer.n_slots) {
+        s_expert_of[tid] = held >= 0 && s_first[held] != INT_MAX ? -2 : held;
+        s_key[tid]       = mine.key;
+        s_last_use[tid]  = mine.last_use;
+        s_before[tid]    = 0;
+    }
+    const bool is_miss = is_pair && slot < 0 && s_first[expert] == tid;
+    int        n_missing;
+    const int  missing_at = fate_rank_of(is_miss, s_scratch, n_missing);
+    if (is_miss) {
+        s_missing[missing_at] = expert;
+    }
+
+    // where they go: free slots, lowest first, then victims by the rule
+    const bool is_free = tid < layer.n_slots && held < 0;
+    int        n_free;
+    const int  free_at = fate_rank_of(is_free, s_scratch, n_free);
+    if (is_free && free_at < n_missing) {
+        s_target[free_at] = tid;
+    }
+    const int n_victims = n_missing > n_free ? n_missing - n_free : 0;
+    if (n_victims > 0) {
+        int width = 1; // threads share a slot's comparisons
+        while (width * 2 * layer.n_slots <= FATE_CUDA_THREADS) {
+            width *= 2;
+        }
+        const int candidate = tid / width;
+        if (candidate < layer.n_slots && s_expert_of[candidate] >= 0) {
+            const fate_rank one    = { s_key[candidate], s_last_use[candidate], s_expert_of[candidate] };
+            int             before = 0;
+#pragma unroll 4
+            for (int other = tid % width; other < layer.n_slots; other += width) {
+                const fate_rank two = { s_key[other], s_last_use[other], s_expert_of[other] };
+                before += two.expert >= 0 && fate_rule_before(two, one);
+            }
+            if (before) {
+                atomicAdd(&s_before[candidate], before);
+            }
+        }
+        __syncthreads();
+        if (tid < layer.n_slots && s_expert_of[tid] >= 0 && s_before[tid] < n_victims) {
+            s_target[n_free + s_before[tid]] = tid;
+        }
+    }
+    __syncthreads();
+
+    // the tables are read (what was loaded has decided): the block that says so last changes them, after its copies. No fence: it would hold them up.
+    unsigned arrived = 0;
+    if (tid == 0) {
+        arrived = atomicAdd(&layer.head->arrived, 1);
+    }
+    fate_copy<SEED ? FATE_COPY_SEED : FATE_COPY_FILL>(layer, n_missing, s_missing, s_target, nullptr, nullptr);
+    if (tid == 0) {
+        s_arrived = arrived;
+    }
+    __syncthreads();
+    if (s_arrived != gridDim.x - 1) {
+        return;
+    }
+    if (tid < n_missing) {
+        const int32_t to    = s_target[tid];
+        const int32_t out   = s_expert_of[to];
+        const int32_t enter = s_missing[tid];
+        if (out >= 0) {
+            layer.slot_of[out] = -1;
+        }
+        layer.expert_of[to]  = enter;
+        layer.slot_of[enter] = to;
+        s_slot_of[enter]     = to;
+        if (layer.step) {
+            layer.fills[tid] = enter;
+            if (tid >= n_free) {
+                layer.evictions[tid - n_free] = out;
+            }
+        }
+    }
+    if (tid < call.n_rows) {
+        s_before[tid] = 0; // from here on by row: a miss
+    }
+    __syncthreads();
+    if (is_miss) {
+        s_before[row] = 1;
+    }
+    if (!SEED && is_pair) {
+        call.out[row * layer.k + rank] = s_slot_of[expert];
+        fate_max(&layer.last_use[expert], clock + tid + 1);
+        fate_note(layer, call, row, rank, expert, !is_miss);
+    }
+    __syncthreads();
+    const int n_whole = __syncthreads_count(tid < call.n_rows && s_before[tid] == 0);
+    if (tid == 0) {
+        layer.head->arrived = 0;
+        fate_add(&layer.counters[FATE_COUNTER_FILLS], n_missing);
+        fate_add(&layer.counters[FATE_COUNTER_EVICTIONS], n_victims);
+        if (SEED) {
+            fate_add(&layer.counters[FATE_COUNTER_SEED_FILLS], n_missing);
+        } else {
+            layer.head->clock = clock + n_pairs;
+            fate_add(&layer.counters[FATE_COUNTER_HITS], n_pairs - n_missing);
+            fate_add(&layer.counters[FATE_COUNTER_MISSES], n_missing);
+            fate_add(&layer.counters[FATE_COUNTER_ROWS], call.n_rows);
+            fate_add(&layer.counters[FATE_COUNTER_ROWS_ALL_RESIDENT], n_whole);
+        }
+        if (layer.step) {
+            if (!SEED) {
+                layer.step->path   = FATE_PATH_POOL;
+                layer.step->n_rows = call.n_rows;
+            }
+            layer.step->n_fills     = n_missing;
+            layer.step->n_evictions = n_victims;
+        }
+    }
+}
+
+//
+// staging
+//
+
+// Brings every expert that the call names to its own place in staging, notes the uses, hands the ids on.
+static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_stage(const __grid_constant__ fate_cuda_layer layer,
+                                                                       const __grid_constant__ fate_cuda_call  call) {
+    __shared__ uint8_t s_touched[FATE_CUDA_MAX_EXPERTS];
+    __shared__ int32_t s_experts[FATE_CUDA_MAX_EXPERTS];
+    __shared__ int32_t s_slot_of[FATE_CUDA_MAX_EXPERTS];
+    __shared__ int     s_scratch[33];
+
+    const int tid = threadIdx.x;
+    if (tid < layer.n_experts) {
+        s_touched[tid] = 0;
+        s_slot_of[tid] = layer.slot_of[tid];
+    }
+    const int64_t clock = layer.head->clock;
+    __syncthreads();
+    const int n_pairs = call.n_rows * layer.k;
+    for (int i = tid; i < n_pairs; i += FATE_CUDA_THREADS) {
+        const int     row    = i / layer.k;
+        const int     rank   = layer.k - 1 - i % layer.k;
+        const int32_t expert = fate_id(call, row, rank);
+        s_touched[expert]    = 1;
+        if (blockIdx.x == 0) {
+            call.out[row * layer.k + rank] = expert;
+            fate_max(&layer.last_use[expert], clock + i + 1);
+            fate_note(layer, call, row, rank, expert, false);
+        }
+    }
+    __syncthreads();
+    const bool is_touched = tid < layer.n_experts && s_touched[tid];
+    int        n_touched;
+    const int  at = fate_rank_of(is_touched, s_scratch, n_touched);
+    if (is_touched) {
+        s_experts[at] = tid;
+    }
+    __syncthreads();
+    if (blockIdx.x == 0 && tid == 0) {
+        layer.head->clock = clock + n_pairs;
+        fate_add(&layer.counters[FATE_COUNTER_STAGED], n_pairs);
+        if (layer.step) {
+            *layer.step = { FATE_PATH_STAGED, call.n_rows, 0, 0 };
+        }
+    }
+    fate_copy<FATE_COPY_STAGE>(layer, n_touched, s_experts, nullptr, s_slot_of, s_touched);
+}
+
+//
+// scores
+//
+
+// One block a layer. scores[n_layers][stride] and bonus[n_layers] in mapped host memory, by index; scores null: zeros.
+static __global__ void fate_publish(const fate_cuda_layer * layers, const int32_t * index, const float * scores, int32_t stride,
+                                    const float * bonus) {
+    const fate_cuda_layer & layer = layers[blockIdx.x];
+    const int64_t           row   = index[blockIdx.x];
+    for (int e = threadIdx.x; e < layer.n_experts; e += blockDim.x) {
+        layer.score[e] = scores ? scores[row * stride + e] : 0.0f;
+    }
+    if (threadIdx.x == 0) {
+        layer.head->bonus        = scores ? bonus[row] : 0.0f;
+        layer.head->published_at = layer.head->clock;
+    }
+}

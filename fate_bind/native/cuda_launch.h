@@ -1,0 +1,74 @@
+// Devices, memory and launches, each CUDA call checked.
+#pragma once
+
+#include "cuda_check.h"
+
+#include "ggml-backend.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <utility>
+
+// The CUDA device behind a backend device. Throws fate_error if it is none.
+inline int fate_cuda_ordinal(ggml_backend_dev_t dev) {
+    int                    ordinal = 0;
+    ggml_backend_dev_props props;
+    ggml_backend_dev_get_props(dev, &props);
+    if (!props.device_id || cudaDeviceGetByPCIBusId(&ordinal, props.device_id) != cudaSuccess) {
+        cudaGetLastError();
+        throw fate_error(FATE_STATUS_MODEL, fate_format("%s is not a CUDA device", ggml_backend_dev_name(dev)));
+    }
+    return ordinal;
+}
+
+// Switches this thread to a device for as long as it lives.
+class device_scope {
+public:
+    explicit device_scope(int ordinal) {
+        FATE_CUDA(cudaGetDevice(&before_));
+        FATE_CUDA(cudaSetDevice(ordinal));
+    }
+
+    ~device_scope() { cudaSetDevice(before_); }
+
+private:
+    int before_ = 0;
+};
+
+template <typename T> struct device_array {
+    T * data = nullptr;
+
+    device_array()                                 = default;
+    device_array(const device_array &)             = delete;
+    device_array & operator=(const device_array &) = delete;
+
+    void allocate(size_t n) { FATE_CUDA(cudaMalloc(&data, std::max<size_t>(n, 1) * sizeof(T))); }
+
+    ~device_array() { cudaFree(data); }
+};
+
+// Whether a kernel may be launched into upstream's chain of programmatic dependent launches: it must wait for what runs before by itself.
+inline bool fate_cuda_chains(int ordinal, const void * kernel) {
+    int major = 0;
+    FATE_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal));
+    cudaFuncAttributes attributes;
+    FATE_CUDA(cudaFuncGetAttributes(&attributes, kernel));
+    const char * pdl = getenv("GGML_CUDA_PDL"); // upstream's switch
+    return major >= 9 && attributes.ptxVersion >= 90 && (!pdl || atoi(pdl) != 0);
+}
+
+template <typename... Params, typename... Args>
+void fate_cuda_launch(void (*kernel)(Params...), int n_blocks, int n_threads, size_t shared, cudaStream_t stream, bool chained,
+                      Args &&... args) {
+    cudaLaunchAttribute attribute;
+    attribute.id                                         = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config                            = {};
+    config.gridDim                                       = dim3(static_cast<unsigned>(n_blocks));
+    config.blockDim                                      = dim3(static_cast<unsigned>(n_threads));
+    config.dynamicSmemBytes                              = shared;
+    config.stream                                        = stream;
+    config.attrs                                         = &attribute;
+    config.numAttrs                                      = chained ? 1 : 0;
+    FATE_CUDA(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
+}

@@ -1,0 +1,143 @@
+// What the kernels know of a layer and of an op, and the small things that they share.
+#pragma once
+
+#include "fate.h"
+#include "rule.h"
+
+#include <cuda_runtime.h>
+
+static const int FATE_CUDA_THREADS     = 1024;
+static const int FATE_CUDA_MAX_EXPERTS = 1024; // also bounds the pairs of a pool op: tokens x k <= slots < experts
+static const int FATE_CUDA_MAX_TENSORS = 11;
+static const int FATE_CUDA_FILL_BLOCKS = 8;    // enough for the link, few enough to leave the multiprocessors to others
+static const int FATE_CUDA_LOADS       = 4;    // in flight a thread
+
+struct fate_cuda_tensor {
+    const char * source;
+    char *       slots;
+    char *       staging;
+    uint64_t     expert_bytes;
+    uint32_t     n_units; // of width bytes, an expert
+    uint32_t     n_tail;  // further units that staging takes along
+    uint32_t     width;   // 16, 4 or 1
+};
+
+// What changes from step to step in a layer, besides the arrays.
+struct fate_cuda_head {
+    int64_t  clock;
+    int64_t  published_at;
+    float    bonus;
+    uint32_t arrived;
+};
+
+// Records of a step, all layers: what the host needs to rebuild it.
+struct fate_cuda_step {
+    int32_t path;
+    int32_t n_rows;
+    int32_t n_fills;
+    int32_t n_evictions;
+};
+
+struct fate_cuda_layer {
+    int32_t n_experts;
+    int32_t n_slots;
+    int32_t k;
+    int32_t n_tensors;
+    bool    is_wide; // every tensor's width is 16
+
+    int32_t *        slot_of;
+    int32_t *        expert_of;
+    int64_t *        last_use;
+    float *          score;
+    fate_cuda_head * head;
+    int64_t *        counters; // [FATE_N_COUNTERS]; routed and bytes follow from the others
+
+    fate_cuda_step * step;     // null: not recorded
+    int32_t *        fills;
+    int32_t *        evictions;
+
+    fate_cuda_tensor tensors[FATE_CUDA_MAX_TENSORS];
+};
+
+// One op.
+struct fate_cuda_call {
+    const char * ids; // row r, rank i at r*stride + 4*i, best rank first
+    int64_t      stride;
+    int32_t      n_rows;
+    int32_t *    out;     // [n_rows][k]: slots on the pool path, ids on the staged path
+
+    const char * weights; // null: unknown
+    int64_t      weights_nb1;
+    int64_t      weights_nb2;
+
+    // [n_tokens][record_k] of this layer, null: not recorded
+    int32_t   record_k;
+    int32_t * record_ids;
+    float *   record_weights;
+    uint8_t * record_hits;
+};
+
+static __device__ __forceinline__ void fate_pdl_launch_next() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+static __device__ __forceinline__ void fate_pdl_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    cudaGridDependencySynchronize();
+#endif
+}
+
+// Sums of wide counters: the type that atomics know.
+static __device__ __forceinline__ void fate_add(int64_t * to, int64_t n) {
+    atomicAdd(reinterpret_cast<unsigned long long *>(to), static_cast<unsigned long long>(n));
+}
+
+static __device__ __forceinline__ void fate_max(int64_t * to, int64_t value) {
+    atomicMax(reinterpret_cast<long long *>(to), static_cast<long long>(value));
+}
+
+// How many threads before this one have the flag, and in all. All threads of the block call it; scratch[33].
+static __device__ int fate_rank_of(bool flag, int * scratch, int & total) {
+    const unsigned mask = __ballot_sync(0xffffffff, flag);
+    const int      lane = threadIdx.x % 32;
+    const int      warp = threadIdx.x / 32;
+    __syncthreads();
+    if (lane == 0) {
+        scratch[warp] = __popc(mask);
+    }
+    __syncthreads();
+    if (warp == 0) {
+        const int n   = scratch[lane];
+        int       sum = n;
+        for (int d = 1; d < 32; d *= 2) {
+            const int other = __shfl_up_sync(0xffffffff, sum, d);
+            sum += lane >= d ? other : 0;
+        }
+        scratch[lane] = sum - n;
+        if (lane == 31) {
+            scratch[32] = sum;
+        }
+    }
+    __syncthreads();
+    total = scratch[32];
+    return scratch[warp] + __popc(mask & ((1u << lane) - 1));
+}
+
+static __device__ __forceinline__ int32_t fate_id(const fate_cuda_call & call, int row, int rank) {
+    return *reinterpret_cast<const int32_t *>(call.ids + row * call.stride + rank * 4);
+}
+
+static __device__ __forceinline__ void fate_note(const fate_cuda_layer & layer, const fate_cuda_call & call, int row, int rank,
+                                                 int32_t expert, bool hit) {
+    if (!layer.step) {
+        return;
+    }
+    const int64_t at     = static_cast<int64_t>(row) * call.record_k + rank;
+    call.record_ids[at]  = expert;
+    call.record_hits[at] = hit;
+    if (call.weights && call.record_weights) {
+        call.record_weights[at] = *reinterpret_cast<const float *>(call.weights + rank * call.weights_nb1 + row * call.weights_nb2);
+    }
+}

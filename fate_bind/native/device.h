@@ -1,0 +1,82 @@
+// Layers that run on a GPU: their tables, kernels and copies. What the engine needs of it, without CUDA's headers.
+//
+// Everything is enqueued on the backend's own stream, so that order there is the only synchronisation. A step's counters and records come back with one
+// copy enqueued behind it; collect() waits for that copy.
+#pragma once
+
+#include "record.h"
+
+#include "ggml-backend.h"
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+// One tensor that is indexed by expert.
+struct fate_device_tensor {
+    const void * source;     // host memory, page-locked by the device
+    void *       slots;      // device memory, [n_slots] experts
+    void *       staging;    // device memory, [n_experts] experts, shared with other layers
+    size_t       expert_bytes;
+    size_t       tail_bytes; // of what follows an expert in the source, also read by upstream's kernels
+};
+
+struct fate_device_layer {
+    int32_t                         index; // among all layers
+    int32_t                         n_experts;
+    int32_t                         k;
+    int32_t                         n_slots;
+    std::vector<fate_device_tensor> tensors;
+};
+
+// Memory that layers read experts from.
+struct fate_host_range {
+    const void * data;
+    size_t       size;
+};
+
+class fate_device {
+public:
+    virtual ~fate_device() = default;
+
+    // Cold, counters at zero.
+    virtual void reset() = 0;
+
+    virtual void begin(int32_t n_tokens)                                              = 0;
+    // The launcher of a layer's op. src[0]: ids, src[2]: router weights or null. Throws fate_error.
+    virtual void launch(size_t layer, uint8_t path, ggml_tensor * dst, void * stream) = 0;
+    // Enqueues the copies that bring the step back; which (0 or 1) names the buffer. What failed, "" if nothing.
+    virtual std::string end(int which)                                                = 0;
+    // Waits for that step and adds its rows, pool path first, to the record.
+    virtual void collect(int which, fate_record & record)                             = 0;
+
+    // Acts behind what is enqueued. scores[n_layers][stride], by index among all layers; null: zeros.
+    virtual void publish(const float * scores, int32_t stride, const float * bonus) = 0;
+
+    // Of the last step that was ended; [layer of this device][FATE_N_COUNTERS].
+    virtual void get_counters(std::vector<int64_t> & counters) const = 0;
+
+    // Launches so far, and those of them that went into a captured graph.
+    virtual void get_launches(int64_t & launches, int64_t & captures) const = 0;
+
+    // Waits until the device is idle.
+    virtual void get_tables(size_t layer, std::vector<int32_t> & slot_of, std::vector<int32_t> & expert_of) const = 0;
+};
+
+struct fate_device_config {
+    std::vector<fate_device_layer> layers;
+    std::vector<fate_host_range>   ranges;      // to page-lock
+    int32_t                        max_tokens;  // of a step
+    bool                           wants_steps; // records are collected
+    bool                           weights;     // with router weights
+};
+
+// Why layers on this device cannot be served, "" if they can.
+std::string fate_device_refuse(ggml_backend_dev_t dev);
+// The most tokens whose bits do not depend on the number of experts in the tensor.
+int32_t fate_device_max_rows(ggml_backend_dev_t dev, ggml_type type);
+// Writes what makes the backend launch an op instead of calling its function.
+void fate_device_mark(ggml_tensor * op, void (*launch)(ggml_tensor * dst, void * stream));
+// Throws fate_error with what failed.
+std::unique_ptr<fate_device> fate_device_open(ggml_backend_dev_t dev, const fate_device_config & config);

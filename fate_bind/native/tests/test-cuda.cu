@@ -1,0 +1,231 @@
+// The kernels against the host's layer: same tables, slots, counters and bytes after every step of random traces.
+#include "check.h"
+#include "cuda_check.h"
+#include "cuda_kernels.cuh"
+#include "layer.h"
+
+#include <algorithm>
+#include <cstring>
+#include <random>
+#include <vector>
+
+struct shape {
+    int32_t             n_experts, k, n_slots;
+    std::vector<size_t> expert_bytes; // of each tensor
+    size_t              tail;
+};
+
+struct silent_io : fate_layer_io {
+    bool ask(const std::vector<int32_t> &, const std::vector<int32_t> &, const int64_t *, int32_t, int32_t *) override { return false; }
+    void reject() override {}
+    void evict(int32_t expert) override { evictions.push_back(expert); }
+    void fill(int32_t expert, int32_t) override { fills.push_back(expert); }
+
+    std::vector<int32_t> fills, evictions;
+};
+
+template <typename T> static T * device(size_t n, int byte = 0) {
+    T * p = nullptr;
+    FATE_CUDA(cudaMalloc(&p, n * sizeof(T)));
+    FATE_CUDA(cudaMemset(p, byte, n * sizeof(T)));
+    return p;
+}
+
+template <typename T> static std::vector<T> host(const T * p, size_t n) {
+    std::vector<T> out(n);
+    FATE_CUDA(cudaMemcpy(out.data(), p, n * sizeof(T), cudaMemcpyDeviceToHost));
+    return out;
+}
+
+static void run(const shape & s, int n_steps, uint32_t seed) {
+    std::mt19937    random(seed);
+    const int32_t   max_rows = 40;
+    fate_cuda_layer layer;
+    memset(&layer, 0, sizeof(layer));
+    layer.n_experts = s.n_experts;
+    layer.n_slots   = s.n_slots;
+    layer.k         = s.k;
+    layer.n_tensors = static_cast<int32_t>(s.expert_bytes.size());
+    layer.slot_of   = device<int32_t>(s.n_experts, 0xff);
+    layer.expert_of = device<int32_t>(s.n_slots, 0xff);
+    layer.last_use  = device<int64_t>(s.n_experts);
+    layer.score     = device<float>(s.n_experts);
+    layer.head      = device<fate_cuda_head>(1);
+    layer.counters  = device<int64_t>(FATE_N_COUNTERS);
+    layer.step      = device<fate_cuda_step>(1);
+    layer.fills     = device<int32_t>(s.n_experts);
+    layer.evictions = device<int32_t>(s.n_experts);
+    layer.is_wide   = true;
+
+    std::vector<char *> sources, slots, staging;
+    for (size_t t = 0; t < s.expert_bytes.size(); ++t) {
+        const size_t n = s.expert_bytes[t];
+        char *       source;
+        FATE_CUDA(cudaHostAlloc(reinterpret_cast<void **>(&source), n * s.n_experts + s.tail, cudaHostAllocMapped));
+        for (size_t i = 0; i < n * s.n_experts; ++i) {
+            source[i] = static_cast<char>(random());
+        }
+        sources.push_back(source);
+        slots.push_back(device<char>(n * s.n_slots));
+        staging.push_back(device<char>(n * s.n_experts + s.tail));
+        fate_cuda_tensor & to = layer.tensors[t];
+        to.source             = source;
+        to.slots              = slots.back();
+        to.staging            = staging.back();
+        to.expert_bytes       = n;
+        to.width              = n % 16 == 0 ? 16 : n % 4 == 0 ? 4 : 1;
+        to.n_units            = static_cast<uint32_t>(n / to.width);
+        to.n_tail             = static_cast<uint32_t>(s.tail / to.width);
+        layer.is_wide         = layer.is_wide && to.width == 16;
+    }
+
+    fate_layer        twin(s.n_experts, s.k, s.n_slots, 1);
+    fate_cuda_layer * layers = device<fate_cuda_layer>(1);
+    int32_t *         index  = device<int32_t>(1);
+    float *           scores;
+    int32_t *         ids    = device<int32_t>(max_rows * (s.k + 3));
+    int32_t *         out    = device<int32_t>(max_rows * s.k);
+    int32_t *         rec    = device<int32_t>(max_rows * s.k);
+    float *           weight = device<float>(max_rows * s.k);
+    uint8_t *         hit    = device<uint8_t>(max_rows * s.k);
+    FATE_CUDA(cudaHostAlloc(reinterpret_cast<void **>(&scores), (s.n_experts + 1) * sizeof(float), cudaHostAllocMapped));
+    FATE_CUDA(cudaMemcpy(layers, &layer, sizeof(layer), cudaMemcpyHostToDevice));
+
+    std::vector<int32_t> all(s.n_experts);
+    for (int32_t e = 0; e < s.n_experts; ++e) {
+        all[e] = e;
+    }
+    for (int step = 0; step < n_steps; ++step) {
+        const int32_t n_rows = step % 7 == 5 ? 1 + static_cast<int32_t>(random() % max_rows) : 1 + static_cast<int32_t>(random() % 3);
+        const int32_t stride = s.k + 3;
+        std::vector<int32_t> rows(n_rows * stride, -7);
+        for (int32_t row = 0; row < n_rows; ++row) {
+            const int32_t some = std::max(s.k, s.n_experts / 3); // a working set that moves
+            for (int32_t i = 0; i < s.k; ++i) {
+                const int32_t j = i + static_cast<int32_t>(random() % (some - i));
+                std::swap(all[i], all[j]);
+                rows[row * stride + i] = all[i];
+            }
+        }
+        if (step % 11 == 10) {
+            std::shuffle(all.begin(), all.end(), random);
+        }
+        FATE_CUDA(cudaMemcpy(ids, rows.data(), rows.size() * sizeof(int32_t), cudaMemcpyHostToDevice));
+        const fate_ids       twin_ids = { reinterpret_cast<const char *>(rows.data()), stride * 4, n_rows, s.k };
+        const bool           pooled   = n_rows * s.k <= s.n_slots;
+        std::vector<int32_t> twin_slots(n_rows * s.k);
+        std::vector<uint8_t> twin_hits(n_rows * s.k);
+        silent_io            io;
+
+        fate_cuda_call call = {};
+        call.ids            = reinterpret_cast<const char *>(ids);
+        call.stride         = stride * 4;
+        call.n_rows         = n_rows;
+        call.out            = out;
+        call.record_k       = s.k;
+        call.record_ids     = rec;
+        call.record_hits    = hit;
+        call.record_weights = weight;
+        if (pooled) {
+            fate_bring<false><<<FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, fate_bring_bytes(s.n_experts)>>>(layer, call);
+            twin.resolve(twin_ids, false, io, twin_slots.data(), twin_hits.data());
+        } else {
+            fate_stage<<<20, FATE_CUDA_THREADS>>>(layer, call);
+            FATE_CUDA(cudaGetLastError());
+            // the staged experts, and what a kernel reads past them
+            for (size_t t = 0; t < sources.size(); ++t) {
+                const size_t            n    = s.expert_bytes[t];
+                const std::vector<char> held = host(staging[t], n * s.n_experts + s.tail);
+                std::vector<uint8_t>    touched(s.n_experts);
+                for (int32_t i = 0; i < n_rows * s.k; ++i) {
+                    touched[rows[i / s.k * stride + i % s.k]] = 1;
+                }
+                for (int32_t e = 0; e < s.n_experts; ++e) {
+                    const size_t past = std::min(s.tail, n * (s.n_experts - 1 - e));
+                    CHECK(!touched[e] || memcmp(held.data() + e * n, sources[t] + e * n, n + past) == 0);
+                }
+                CHECK(std::all_of(held.end() - static_cast<std::ptrdiff_t>(s.tail), held.end(), [](char c) { return c == 0; }));
+            }
+            fate_cuda_call seeds = call;
+            seeds.n_rows         = std::min(n_rows, s.n_slots / s.k);
+            seeds.ids            = call.ids + (n_rows - seeds.n_rows) * call.stride;
+            fate_bring<true><<<20, FATE_CUDA_THREADS, fate_bring_bytes(s.n_experts)>>>(layer, seeds);
+            twin.bypass(twin_ids);
+            twin.seed(false, io);
+        }
+        FATE_CUDA(cudaGetLastError());
+        FATE_CUDA(cudaDeviceSynchronize());
+
+        const fate_table & table = twin.table();
+        CHECK(host(layer.slot_of, s.n_experts) == std::vector<int32_t>(table.slot_of, table.slot_of + s.n_experts));
+        CHECK(host(layer.expert_of, s.n_slots) == std::vector<int32_t>(table.expert_of, table.expert_of + s.n_slots));
+        CHECK(host(layer.last_use, s.n_experts) == std::vector<int64_t>(table.last_use, table.last_use + s.n_experts));
+        const fate_cuda_head head = host(layer.head, 1)[0];
+        CHECK(head.clock == table.clock && head.arrived == 0);
+        CHECK(head.published_at == table.published_at && head.bonus == table.bonus);
+        const fate_cuda_step recorded = host(layer.step, 1)[0];
+        CHECK(recorded.path == (pooled ? FATE_PATH_POOL : FATE_PATH_STAGED) && recorded.n_rows == n_rows);
+        CHECK(host(layer.fills, recorded.n_fills) == io.fills);
+        CHECK(host(layer.evictions, recorded.n_evictions) == io.evictions);
+        const std::vector<int32_t> got   = host(out, n_rows * s.k);
+        const std::vector<int32_t> noted = host(rec, n_rows * s.k);
+        const std::vector<uint8_t> hits  = host(hit, n_rows * s.k);
+        for (int32_t i = 0; i < n_rows * s.k; ++i) {
+            const int32_t expert = rows[i / s.k * stride + i % s.k];
+            CHECK(got[i] == (pooled ? twin_slots[i] : expert) && noted[i] == expert && hits[i] == (pooled && twin_hits[i]));
+        }
+        const std::vector<int64_t>   counted = host(layer.counters, FATE_N_COUNTERS);
+        const std::vector<int64_t> & want    = twin.counters();
+        for (const int c : { FATE_COUNTER_HITS, FATE_COUNTER_MISSES, FATE_COUNTER_FILLS, FATE_COUNTER_SEED_FILLS, FATE_COUNTER_EVICTIONS,
+                             FATE_COUNTER_ROWS, FATE_COUNTER_ROWS_ALL_RESIDENT }) {
+            CHECK(counted[c] == want[c]);
+        }
+        CHECK(counted[FATE_COUNTER_STAGED] == want[FATE_COUNTER_BYPASSED]);
+        for (size_t t = 0; t < sources.size(); ++t) {
+            const size_t            n    = s.expert_bytes[t];
+            const std::vector<char> held = host(slots[t], n * s.n_slots);
+            for (int32_t slot = 0; slot < s.n_slots; ++slot) {
+                CHECK(table.expert_of[slot] < 0 || memcmp(held.data() + slot * n, sources[t] + table.expert_of[slot] * n, n) == 0);
+            }
+        }
+
+        if (step % 5 == 4) {
+            for (int32_t e = 0; e < s.n_experts; ++e) {
+                scores[e] = static_cast<float>(random() % 4);
+            }
+            scores[s.n_experts] = static_cast<float>(random() % 3);
+            fate_publish<<<1, 256>>>(layers, index, scores, s.n_experts, scores + s.n_experts);
+            twin.publish(scores, scores[s.n_experts]);
+            FATE_CUDA(cudaDeviceSynchronize());
+        }
+    }
+    for (size_t t = 0; t < sources.size(); ++t) {
+        FATE_CUDA(cudaFreeHost(sources[t]));
+        FATE_CUDA(cudaFree(slots[t]));
+        FATE_CUDA(cudaFree(staging[t]));
+    }
+}
+
+int main() {
+    const shape shapes[] = {
+        { 32,   4, 4,   { 1536, 1536, 2048 },    0   },
+        { 32,   4, 16,  { 1536, 1530, 2048, 4 }, 512 },
+        { 8,    2, 7,   { 17, 68, 64 },          512 },
+        { 128,  8, 16,  { 27648, 27648, 40320 }, 0   },
+        { 128,  8, 64,  { 9216, 9216 },          512 },
+        { 128,  8, 127, { 4096 },                0   },
+        { 256,  8, 100, { 1024, 36 },            0   },
+        { 1024, 8, 700, { 256 },                 512 },
+        { 1000, 1, 2,   { 112 },                 0   },
+    };
+    try {
+        uint32_t seed = 1;
+        for (const shape & s : shapes) {
+            run(s, s.n_experts > 200 ? 60 : 150, seed++);
+        }
+    } catch (const std::exception & e) {
+        fprintf(stderr, "%s\n", e.what());
+        return 1;
+    }
+    return check_result("test-cuda");
+}
