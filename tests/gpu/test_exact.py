@@ -1,0 +1,200 @@
+"""On a GPU: the pool in VRAM gives the bits of the run with all experts resident there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fate_bind import library
+from fate_bind.session import Session
+from fate_policy.base import Policy
+from fate_policy.frequency import Frequency
+from fate_policy.lru import LRU
+from fate_policy.random import Random
+from fate_policy.replay import replay
+from fate_policy.trace import load
+
+pytestmark = [pytest.mark.gpu, pytest.mark.model]
+
+N_LAYERS, N_EXPERTS, K = 8, 32, 4
+SLOTS = {"min": K, "25%": 8, "50%": 16, "all but one": N_EXPERTS - 1}
+ARGS = ["-c", "32768", "-np", "32", "-ub", "512"]
+RESIDENT = ["-ngl", "999", "-fit", "off"]
+TEXT = "Once upon a time there was a fox who lived near a river. One day the fox wanted to cross it, but"
+MMVQ = 8  # tokens that the pool path takes at most on Volta, Ada, Hopper and Blackwell
+
+Logits = NDArray[np.float32]
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "lru": LRU,
+    "frequency": Frequency,
+    "lfru": lambda: Frequency(half_life_tokens=8, lfru=True),
+    "random": lambda: Random(seed=7),
+}
+
+
+@pytest.fixture(scope="module")
+def resident() -> Iterator[Session]:
+    with Session(args=[*ARGS, *RESIDENT], fate=False, place=False) as session:
+        yield session
+
+
+@pytest.fixture(scope="module")
+def pooled() -> Iterator[Session]:
+    """A session whose model has its experts in host memory; tests fork it."""
+    with Session(args=ARGS, fate=False) as session:
+        yield session
+
+
+@pytest.fixture(scope="module")
+def tokens(resident: Session) -> list[int]:
+    text = resident.tokenize(TEXT).tolist()
+    resident.clear()
+    last = resident.logits(text)[-1]
+    while len(text) < 700:
+        text.append(int(np.argmax(last)) if len(text) % 5 else (len(text) * 977) % resident.n_vocab)
+        last = resident.logits([text[-1]])[-1]
+    resident.clear()
+    return text
+
+
+def decode(session: Session, tokens: list[int]) -> Logits:
+    return np.concatenate([session.logits(tokens[:8])] + [session.logits([t]) for t in tokens[8:72]])
+
+
+def prompts(session: Session, tokens: list[int]) -> Logits:
+    rows = []
+    for n in (1, 2, 7, 9, 16, 31, 33, 130, 512, 600):
+        session.clear()
+        rows.append(session.logits(tokens[:n]))
+    return np.concatenate(rows)
+
+
+def batches(session: Session, tokens: list[int]) -> Logits:
+    rows = []
+    for n in (*range(1, 10), 12, 16, 24, 32):
+        session.clear()
+        for step in range(4):
+            batch = [tokens[(sequence * 17 + step) % len(tokens)] for sequence in range(n)]
+            rows.append(session.decode(batch, [step] * n, range(n)))
+    return np.concatenate(rows)
+
+
+def mixed(session: Session, tokens: list[int]) -> Logits:
+    """Prompt, decode, prompt again: what one path leaves behind the next one finds."""
+    rows = []
+    for turn in range(3):
+        rows.append(session.logits(tokens[turn * 60 : turn * 60 + 40]))
+        rows += [session.logits([t]) for t in tokens[turn * 60 + 40 : turn * 60 + 60]]
+    return np.concatenate(rows)
+
+
+WORKLOADS = {"decode": decode, "prompts": prompts, "batches": batches, "mixed": mixed}
+
+
+@pytest.fixture(scope="module")
+def expected(resident: Session, tokens: list[int]) -> dict[str, Logits]:
+    made = {}
+    for name, run in WORKLOADS.items():
+        resident.clear()
+        made[name] = run(resident, tokens)
+    return made
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("slots", SLOTS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_same_bits_as_resident(
+    policy: str, slots: str, workload: str, pooled: Session, tokens: list[int], expected: dict[str, Logits]
+) -> None:
+    n_slots = SLOTS[slots]
+    with pooled.fork(policy=POLICIES[policy](), slots=n_slots, mode="table", require=True) as session:
+        got = WORKLOADS[workload](session, tokens)
+        session.check()
+        total = session.counters().totals()
+        stats = session.stats()
+    unequal = (got.view(np.uint32) != expected[workload].view(np.uint32)).any(axis=1)
+    assert not unequal.any(), f"{unequal.sum()} of {len(unequal)} rows differ, first {np.argmax(unequal)}"
+    assert stats["layers_engaged"] == N_LAYERS
+    assert total["bypassed"] == 0
+    assert total["routed"] == total["hits"] + total["misses"] + total["staged"]
+    assert total["fills"] == total["misses"] + total["seed_fills"] > 0
+    if workload == "decode":
+        assert total["hits"] + total["misses"] == (64 + (8 if n_slots >= 8 * K else 0)) * N_LAYERS * K
+
+
+@pytest.mark.parametrize("n", range(1, 10))
+def test_batch_takes_the_pool_up_to_the_limit(n: int, pooled: Session, tokens: list[int]) -> None:
+    with pooled.fork(policy="lru", slots=31, mode="table") as session:
+        session.decode(tokens[:n], [0] * n, range(n))
+        total = session.counters().totals()
+    is_pooled = n * K <= 31 and n <= MMVQ
+    assert (total["staged"] == 0) == is_pooled
+    assert total["routed"] == n * N_LAYERS * K
+
+
+@pytest.mark.parametrize("slots", [4, 10, 31])
+@pytest.mark.parametrize("sync", [True, False])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_replay_counts_what_the_device_counts(
+    policy: str, sync: bool, slots: int, pooled: Session, tokens: list[int], tmp_path: Path
+) -> None:
+    path = tmp_path / "trace.npz"
+    with pooled.fork(
+        policy=POLICIES[policy](), slots=slots, mode="table", sync=sync, record=path, require=True
+    ) as session:
+        session.logits(tokens[:40])
+        for token in tokens[40:100]:
+            session.logits([token])
+        session.clear()
+        for step in range(6):
+            session.decode(tokens[step * 6 : step * 6 + 6], [step] * 6, range(6), [True, False] * 3)
+        session.decode(tokens[:3], [6] * 3, range(3), [False] * 3)
+        session.check()
+    engine = session.counters()
+    replayed = replay(load(path), POLICIES[policy](), mode="table", sync=sync)
+    assert engine == replayed, f"{engine.totals()}\n{replayed.totals()}"
+    totals = engine.totals()
+    assert totals["hits"] > 0
+    assert totals["misses"] > 0
+    assert totals["staged"] > 0
+    assert totals["seed_fills"] > 0
+
+
+def test_long_greedy_decode_gives_the_same_tokens(resident: Session, pooled: Session) -> None:
+    resident.clear()
+    expected = "".join(resident.generate("Once upon a time", 1000))
+    with pooled.fork(policy="lru", slots=8, mode="table") as session:
+        assert "".join(session.generate("Once upon a time", 1000)) == expected
+
+
+def test_callback_mode_says_why_it_is_not_engaged(pooled: Session) -> None:
+    with pooled.fork(policy="lru", slots=8, mode="callback") as session:
+        stats = session.stats()
+    assert not stats["engaged"]
+    assert "callback mode" in stats["reason"]
+
+
+def launches(session: Session) -> tuple[int, int]:
+    """Return how often the host launched ops of ours, and how many of these went into a captured graph."""
+    ffi, lib = library.load()
+    info = ffi.new("fate_info *")
+    library.check(lib.fate_engine_get_info(lib.fate_context_engine(session._context), info))
+    return int(info.gpu_launches), int(info.gpu_captures)
+
+
+def test_decode_is_one_captured_graph(pooled: Session, tokens: list[int]) -> None:
+    """Once captured, tokens run without the host: none of our launchers is called again."""
+    with pooled.fork(policy="lru", slots=8, mode="table") as session:
+        for token in tokens[:4]:
+            session.logits([token])
+        before = launches(session)
+        for token in tokens[4:100]:
+            session.logits([token])
+        assert launches(session) == before
+        assert before[1] == N_LAYERS
+        assert before[0] - before[1] <= 2 * N_LAYERS
+        assert session.counters().totals()["steps"] == 100
