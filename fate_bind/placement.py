@@ -58,6 +58,14 @@ def has_gpu() -> bool:
     return "CUDA" in library.text(ffi, lib.fate_system_info())
 
 
+def resident(args: Sequence[str]) -> list[str] | None:
+    """Return the flags of the same run with all experts in VRAM, or None if the user placed the weights."""
+    for rule in _COMMON:
+        if rule.needs_gpu and (given(args, rule.flags) or any(name in os.environ for name in rule.variables)):
+            return None
+    return [*args, *(flag for flag in flags("completion", args, gpu=True) if flag != "--cpu-moe")]
+
+
 def given(args: Sequence[str], flags: Sequence[str]) -> bool:
     """Say whether one of the flags is among the arguments, in any spelling that llama.cpp takes."""
     return any((arg.replace("_", "-") if arg.startswith("--") else arg) in flags for arg in args)

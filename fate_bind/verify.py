@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fate_bind import placement
 from fate_bind.errors import EngineError
 from fate_bind.host import Host
 from fate_bind.session import Choice, Session, resolve_config, token_ids
@@ -118,7 +120,8 @@ def verify(
 ) -> VerifyResult:
     """Run prompt and greedy decode with and without the pool, in lockstep, and compare every logit.
 
-    Stops at the first difference. At the end the engine checks its slots against the model.
+    Stops at the first difference. At the end the engine checks its slots against the model. The reference is
+    the same model without the pool; with a GPU it has all experts in VRAM, since a CPU gives other bits.
 
     Parameters
     ----------
@@ -131,10 +134,12 @@ def verify(
     """
     config, instance = resolve_config(policy, slots, mode, sync)
     host = Host(config, instance, Path(record) if record else None, require)  # refuses before a model loads
-    with (
-        Session(model, args, fate=False, place=place) as reference,
-        reference.fork_with(host) as pooled,
-    ):
+    with ExitStack() as stack:
+        reference = stack.enter_context(Session(model, args, fate=False, place=place))
+        pooled = stack.enter_context(reference.fork_with(host))
+        resident = placement.resident(args) if place and placement.has_gpu() else None
+        if resident is not None:
+            reference = stack.enter_context(_resident_session(model, resident))
         tokens = _prompt_tokens(reference, prompt)
         if len(tokens) + n_tokens > reference.n_ctx:
             raise EngineError(
@@ -154,6 +159,16 @@ def verify(
             pooled.check()
     report = pooled.report()
     return VerifyResult(position * reference.n_vocab, position, difference, report)
+
+
+def _resident_session(model: str | Path | None, args: Sequence[str]) -> Session:
+    try:
+        return Session(model, args, fate=False, place=False)
+    except EngineError as error:
+        raise EngineError(
+            f"the reference, with all experts in VRAM, cannot be opened: {error}; take a smaller context "
+            "(-c), or place the weights yourself, with -ngl and --cpu-moe, to compare with experts on the CPU"
+        ) from error
 
 
 def _prompt_tokens(session: Session, prompt: str | Sequence[int] | None) -> NDArray[np.int32]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from fate_bind import placement
 from fate_bind.__main__ import main
 from fate_bind.library import Library
 from fate_bind.verify import verify
@@ -75,3 +76,24 @@ def test_the_command_exits_as_documented(
     assert "Traceback" not in errors
     monkeypatch.setenv("FAKE_WRONG_LOGIT", "1")
     assert main([*command, "--fate-slots", "4"]) == 1
+
+
+def test_the_reference_on_a_gpu_has_all_experts_in_vram(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LLAMA_ARG_CPU_MOE", "LLAMA_ARG_N_GPU_LAYERS"):
+        monkeypatch.delenv(name, raising=False)
+    assert placement.resident(["-c", "64"]) == ["-c", "64", "--no-repack", "-fit", "off", "-ngl", "999"]
+    assert placement.resident(["-fit", "off"]) == ["-fit", "off", "--no-repack", "-ngl", "999"]
+    for own in (["-ngl", "0"], ["--n-cpu-moe", "3"], ["-ot", "exps=CPU"]):
+        assert placement.resident(own) is None
+    monkeypatch.setenv("LLAMA_ARG_CPU_MOE", "1")
+    assert placement.resident([]) is None
+
+
+@pytest.mark.model
+def test_a_reference_of_its_own_gives_the_same_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a GPU, but on the CPU: two models are open, and the numbers of the pool are those of one."""
+    expected = verify(args=["-c", "64"], prompt=[5, 6, 7], n_tokens=6, slots="25%")
+    monkeypatch.setattr(placement, "has_gpu", lambda: True)
+    result = verify(args=["-c", "64"], prompt=[5, 6, 7], n_tokens=6, slots="25%")
+    assert result.message == expected.message
+    assert result.message.startswith("identical")
