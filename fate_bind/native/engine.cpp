@@ -330,7 +330,7 @@ bool fate_engine::ubatch_end(bool ok) {
         busy_us_ += ggml_time_us() - began_us_;
     }
     if (!error_.empty()) {
-        fate_set_last_error(error_);
+        fate_set_engine_error(FATE_STATUS_DECODE, error_);
     }
     return error_.empty();
 }

@@ -64,6 +64,8 @@ struct fate_engine final : llama_engine_i {
 
     bool is_engaged() const { return engaged_; }
 
+    const std::string & error() const { return error_; } // why the last ubatch failed, "" if not by us; decode thread
+
 private:
     // userdata of a custom op, stable in memory while graphs live
     struct op {

@@ -156,7 +156,7 @@ FATE_API int32_t      fate_abi_version(void);
 FATE_API const char * fate_build_id(void);
 FATE_API const char * fate_last_error(void); // of the calling thread; valid until its next call
 FATE_API const char * fate_engine_error(
-    void); // of the newest context that an engine refused, "" if none; any thread, valid until the next call
+    void); // of the newest context that an engine refused or ubatch that it failed, "" if none; any thread, valid until the next call
 FATE_API const char * fate_system_info(void); // llama.cpp's backends and CPU features
 
 // Any thread. Sets what contexts created from now on get; null: no engine. The struct and slots_list are copied, callbacks and user must live on.

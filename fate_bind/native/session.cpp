@@ -219,6 +219,10 @@ static void check_sequence(const fate_context & context, int32_t sequence) {
 static void process(fate_context & context, llama_process_type type, common_batch & batch) {
     const int32_t status = llama_process(context.ctx.get(), type, batch.get());
     if (status != 0) {
+        const fate_engine * engine = fate_engine_of(context.ctx.get());
+        if (engine && !engine->error().empty()) {
+            throw fate_error(FATE_STATUS_DECODE, engine->error());
+        }
         throw llama_error(FATE_STATUS_DECODE, status == 1 ? "no room in the context for this batch; raise -c or clear() first" :
                                                             fate_format("llama.cpp could not process the batch (status %d)", status));
     }
