@@ -13,7 +13,7 @@ from test_build import build
 ROOT = Path(__file__).resolve().parent.parent
 PATCHES = ROOT / "patches"
 # Raising one of these is a commit of its own, with the reason.
-MAX_PATCHES, MAX_ADDED_LINES, MAX_FILES = 6, 160, 8
+MAX_PATCHES, MAX_ADDED_LINES, MAX_FILES = 6, 170, 8
 
 SERIES = build.Project(ROOT).series()
 
