@@ -1,4 +1,5 @@
 // The CUDA half of the engine: owns a device's tables and buffers, launches, brings records back.
+#include "cuda_bulk.h"
 #include "cuda_check.h"
 #include "cuda_kernels.cuh"
 #include "cuda_launch.h"
@@ -12,7 +13,9 @@
 
 int get_mmvq_mmid_max_batch(ggml_type type, int cc); // upstream's mmvq.cuh
 
-static const int32_t MAX_ROWS_FLOAT = 8;             // upstream's kernels for unquantised types do not look at the number of experts
+// From so many uses of an expert on average, nearly all are used: whatever has no slot can be brought before the ids are known.
+static const int32_t BULK_USES      = 8;
+static const int32_t MAX_ROWS_FLOAT = 8; // upstream's kernels for unquantised types do not look at the number of experts
 
 std::string fate_device_refuse(ggml_backend_dev_t dev) {
     try {
@@ -31,8 +34,8 @@ int32_t fate_device_max_rows(ggml_backend_dev_t dev, ggml_type type) {
     return ggml_is_quantized(type) ? get_mmvq_mmid_max_batch(type, 100 * major + 10 * minor) : MAX_ROWS_FLOAT;
 }
 
-void fate_device_mark(ggml_tensor * op, void (*launch)(ggml_tensor * dst, void * stream)) {
-    const ggml_cuda_custom custom = { GGML_CUDA_CUSTOM_MAGIC, launch };
+void fate_device_mark(ggml_tensor * op, void (*launch)(ggml_tensor * dst, void * stream), bool is_eager) {
+    const ggml_cuda_custom custom = { GGML_CUDA_CUSTOM_MAGIC, launch, is_eager };
     static_assert(GGML_CUDA_CUSTOM_OFFSET + sizeof(custom) <= GGML_MAX_OP_PARAMS, "op_params are too small");
     memcpy(reinterpret_cast<char *>(op->op_params) + GGML_CUDA_CUSTOM_OFFSET, &custom, sizeof(custom));
 }
@@ -52,22 +55,6 @@ struct pinned_buffer {
     ~pinned_buffer() { cudaFreeHost(data); }
 };
 
-struct event {
-    cudaEvent_t handle = nullptr;
-
-    event()                          = default;
-    event(const event &)             = delete;
-    event & operator=(const event &) = delete;
-
-    void create() { FATE_CUDA(cudaEventCreateWithFlags(&handle, cudaEventDisableTiming)); }
-
-    ~event() {
-        if (handle) {
-            cudaEventDestroy(handle);
-        }
-    }
-};
-
 class fate_cuda_device final : public fate_device {
 public:
     fate_cuda_device(int ordinal, const fate_device_config & config);
@@ -76,6 +63,9 @@ public:
     void        reset() override;
     void        begin(int32_t n_tokens) override;
     void        launch(size_t layer, uint8_t path, ggml_tensor * dst, void * stream) override;
+    bool        is_bulk(size_t layer, int32_t n_rows) const override;
+    void        launch_bulk(size_t layer, ggml_tensor * dst, void * stream) override;
+    void        launch_part(size_t layer, size_t tensor, bool next_is_bulk, void * stream) override;
     std::string end(int which) override;
     void        collect(int which, fate_record & record) override;
     void        publish(const float * scores, int32_t stride, const float * bonus) override;
@@ -89,10 +79,12 @@ private:
         size_t counters, steps, fills, evictions, ids, weights, hits, size;
     };
 
-    parts        parts_of(int32_t n_tokens) const;
-    void         bind(const fate_device_config & config);
-    void         enqueue(uint8_t path, const fate_cuda_layer & layer, const fate_cuda_call & call, cudaStream_t stream);
-    const void * on_device(const void * p) const;
+    parts          parts_of(int32_t n_tokens) const;
+    void           bind(const fate_device_config & config);
+    fate_cuda_call call_of(size_t layer, const ggml_tensor * dst);
+    void           enqueue(uint8_t path, const fate_cuda_layer & layer, const fate_cuda_call & call);
+    void           note_launch();
+    const void *   on_device(const void * p) const;
 
     size_t pairs(int32_t n_tokens) const { return layers_.size() * static_cast<size_t>(n_tokens) * max_k_; }
 
@@ -112,10 +104,12 @@ private:
     device_array<fate_cuda_layer> device_layers_;
     device_array<int32_t>         index_;
     pinned_buffer                 home_[2];
-    event                         is_home_[2];
+    fate_cuda_event               is_home_[2];
     pinned_buffer                 scores_[2];
-    event                         is_published_[2];
+    fate_cuda_event               is_published_[2];
     int64_t                       n_published_ = 0;
+
+    std::unique_ptr<fate_cuda_bulk> bulk_;
 
     cudaStream_t stream_       = nullptr; // of the backend, known from the first launch on
     int32_t      n_tokens_     = 0;
@@ -149,6 +143,7 @@ fate_cuda_device::fate_cuda_device(int ordinal, const fate_device_config & confi
         pins_.emplace_back(range.data, range.size);
     }
     bind(config);
+    bulk_ = std::make_unique<fate_cuda_bulk>(ordinal, layers_, config_.layers, maps_.data, max_experts_);
     reset();
 }
 
@@ -268,29 +263,37 @@ void fate_cuda_device::reset() {
 
 void fate_cuda_device::begin(int32_t n_tokens) {
     n_tokens_ = n_tokens;
+    if (stream_) {
+        const device_scope scope(ordinal_);
+        bulk_->begin(is_bulk(0, n_tokens), stream_);
+    }
 }
 
-void fate_cuda_device::enqueue(uint8_t path, const fate_cuda_layer & layer, const fate_cuda_call & call, cudaStream_t stream) {
-    if (path == FATE_PATH_POOL) {
-        fate_cuda_launch(fate_bring<false>, FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, fate_bring_bytes(layer.n_experts), stream, chains_,
-                         layer, call);
-        return;
-    }
-    fate_stage<<<n_blocks_, FATE_CUDA_THREADS, 0, stream>>>(layer, call);
-    FATE_CUDA(cudaGetLastError());
-
-    // the last rows seed the slots, from staging while it holds them
+// The last rows of a staged op: they seed the slots.
+static fate_cuda_call seeds_of(const fate_cuda_layer & layer, const fate_cuda_call & call) {
     fate_cuda_call seeds = call;
     seeds.n_rows         = std::min(call.n_rows, layer.n_slots / layer.k);
     seeds.ids            = call.ids + (call.n_rows - seeds.n_rows) * call.stride;
-    fate_bring<true><<<n_blocks_, FATE_CUDA_THREADS, fate_bring_bytes(layer.n_experts), stream>>>(layer, seeds);
+    return seeds;
+}
+
+void fate_cuda_device::enqueue(uint8_t path, const fate_cuda_layer & layer, const fate_cuda_call & call) {
+    if (path == FATE_PATH_POOL) {
+        fate_cuda_launch(fate_bring<false>, FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, fate_bring_bytes(layer.n_experts), stream_, chains_,
+                         layer, call);
+        return;
+    }
+    bulk_->join(stream_);
+    fate_stage<<<n_blocks_, FATE_CUDA_THREADS, 0, stream_>>>(layer, call);
+    FATE_CUDA(cudaGetLastError());
+    // from staging while it holds them
+    fate_bring<true><<<n_blocks_, FATE_CUDA_THREADS, fate_bring_bytes(layer.n_experts), stream_>>>(layer, seeds_of(layer, call));
     FATE_CUDA(cudaGetLastError());
 }
 
-void fate_cuda_device::launch(size_t layer, uint8_t path, ggml_tensor * dst, void * stream) {
+fate_cuda_call fate_cuda_device::call_of(size_t layer, const ggml_tensor * dst) {
     const ggml_tensor * ids     = dst->src[0];
     const ggml_tensor * weights = dst->src[2];
-    stream_                     = static_cast<cudaStream_t>(stream);
 
     fate_cuda_call call = {};
     call.ids            = static_cast<const char *>(ids->data);
@@ -310,11 +313,36 @@ void fate_cuda_device::launch(size_t layer, uint8_t path, ggml_tensor * dst, voi
             call.record_weights = reinterpret_cast<float *>(back_.data + p.weights) + at;
         }
     }
-    enqueue(path, layers_[layer], call, stream_);
+    return call;
+}
+
+void fate_cuda_device::note_launch() {
     cudaStreamCaptureStatus status;
     FATE_CUDA(cudaStreamIsCapturing(stream_, &status));
     ++n_launches_;
     n_captures_ += status == cudaStreamCaptureStatusActive;
+}
+
+void fate_cuda_device::launch(size_t layer, uint8_t path, ggml_tensor * dst, void * stream) {
+    stream_ = static_cast<cudaStream_t>(stream);
+    enqueue(path, layers_[layer], call_of(layer, dst));
+    note_launch();
+}
+
+bool fate_cuda_device::is_bulk(size_t layer, int32_t n_rows) const {
+    const fate_device_layer & l = config_.layers[layer];
+    return static_cast<int64_t>(n_rows) * l.k >= static_cast<int64_t>(BULK_USES) * l.n_experts;
+}
+
+void fate_cuda_device::launch_bulk(size_t layer, ggml_tensor * dst, void * stream) {
+    stream_                   = static_cast<cudaStream_t>(stream);
+    const fate_cuda_call call = call_of(layer, dst);
+    bulk_->launch(layer, call, seeds_of(layers_[layer], call), stream_);
+    note_launch();
+}
+
+void fate_cuda_device::launch_part(size_t layer, size_t tensor, bool next_is_bulk, void * stream) {
+    bulk_->launch_part(layer, tensor, next_is_bulk && layer + 1 < layers_.size(), static_cast<cudaStream_t>(stream));
 }
 
 std::string fate_cuda_device::end(int which) {

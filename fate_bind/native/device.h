@@ -20,6 +20,7 @@ struct fate_device_tensor {
     void *       staging;    // device memory, [n_experts] experts, shared with other layers
     size_t       expert_bytes;
     size_t       tail_bytes; // of what follows an expert in the source, also read by upstream's kernels
+    bool         is_part;    // large: a bulk op leaves it to launch_part
 };
 
 struct fate_device_layer {
@@ -46,10 +47,17 @@ public:
     virtual void begin(int32_t n_tokens)                                              = 0;
     // The launcher of a layer's op. src[0]: ids, src[2]: router weights or null. Throws fate_error.
     virtual void launch(size_t layer, uint8_t path, ggml_tensor * dst, void * stream) = 0;
+
+    // Whether a staged op of so many rows is better split into an op for the ids and one for each large tensor, which are never captured: the copy engine
+    // then brings what the slots lack of a layer while the layer before computes.
+    virtual bool is_bulk(size_t layer, int32_t n_rows) const                                = 0;
+    // Their launchers, in this order. next_is_bulk: the next layer of this device is split as well in the graph at hand.
+    virtual void launch_bulk(size_t layer, ggml_tensor * dst, void * stream)                = 0;
+    virtual void launch_part(size_t layer, size_t tensor, bool next_is_bulk, void * stream) = 0;
     // Enqueues the copies that bring the step back; which (0 or 1) names the buffer. What failed, "" if nothing.
-    virtual std::string end(int which)                                                = 0;
+    virtual std::string end(int which)                                                      = 0;
     // Waits for that step and adds its rows, pool path first, to the record.
-    virtual void collect(int which, fate_record & record)                             = 0;
+    virtual void collect(int which, fate_record & record)                                   = 0;
 
     // Acts behind what is enqueued. scores[n_layers][stride], by index among all layers; null: zeros.
     virtual void publish(const float * scores, int32_t stride, const float * bonus) = 0;
@@ -77,6 +85,7 @@ std::string fate_device_refuse(ggml_backend_dev_t dev);
 // The most tokens whose bits do not depend on the number of experts in the tensor.
 int32_t fate_device_max_rows(ggml_backend_dev_t dev, ggml_type type);
 // Writes what makes the backend launch an op instead of calling its function.
-void fate_device_mark(ggml_tensor * op, void (*launch)(ggml_tensor * dst, void * stream));
+// is_eager: not to be captured.
+void fate_device_mark(ggml_tensor * op, void (*launch)(ggml_tensor * dst, void * stream), bool is_eager);
 // Throws fate_error with what failed.
 std::unique_ptr<fate_device> fate_device_open(ggml_backend_dev_t dev, const fate_device_config & config);

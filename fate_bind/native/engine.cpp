@@ -137,7 +137,8 @@ void fate_engine::open_devices() {
             }
             fate_device_layer layer = { static_cast<int32_t>(i), b.n_experts, b.k, b.n_slots, {} };
             for (const fate_pool_tensor & t : pool_.tensors(static_cast<int32_t>(i))) {
-                layer.tensors.push_back({ t.source->data, t.slots->data, t.staging->data, t.expert_bytes(), t.tail_bytes() });
+                layer.tensors.push_back(
+                    { t.source->data, t.slots->data, t.staging->data, t.expert_bytes(), t.tail_bytes(), t.is_weight() });
                 ggml_backend_buffer_t buffer = t.source->buffer;
                 if (std::find(buffers.begin(), buffers.end(), buffer) == buffers.end()) {
                     buffers.push_back(buffer);
@@ -151,6 +152,7 @@ void fate_engine::open_devices() {
         for (size_t i = 0; i < served.size(); ++i) {
             served[i]->device = devices_.back().get();
             served[i]->at     = i;
+            served[i]->next   = i + 1 < served.size() ? served[i + 1] : nullptr;
         }
     }
 }
@@ -284,8 +286,12 @@ void fate_engine::ubatch_begin(const llama_ubatch & ubatch) {
         error_.clear();
         record_[current_].begin(static_cast<int32_t>(ubatch.n_tokens), wants_steps_ ? static_cast<int32_t>(blocks_.size()) : 0, max_k_,
                                 config_.record != 0, ubatch.token, ubatch.pos, ubatch.seq_id, ubatch.output);
-        for (auto & device : devices_) {
-            device->begin(static_cast<int32_t>(ubatch.n_tokens));
+        try {
+            for (auto & device : devices_) {
+                device->begin(static_cast<int32_t>(ubatch.n_tokens));
+            }
+        } catch (const fate_error & e) {
+            error_ = e.what();
         }
     }
 }

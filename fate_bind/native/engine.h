@@ -72,6 +72,7 @@ private:
         fate_engine * engine;
         int32_t       layer;
         uint8_t       path;
+        int32_t       part = -1; // tensor of the layer, -1: the op is about the ids
     };
 
     // one MoE block of the model
@@ -90,6 +91,10 @@ private:
         op                          pool_op;
         op                          other_op;             // staged on a GPU, bypassed on the CPU
         op                          route_op;
+        op                          bulk_op;              // staged on a GPU, with an op for each large tensor
+        std::vector<op>             part_ops;             // by tensor
+        bool                        is_bulk = false;      // in the newest graph
+        const block *               next    = nullptr;    // on the same GPU
     };
 
     friend class fate_engine_io;
@@ -98,6 +103,8 @@ private:
     static void launch_op(ggml_tensor * dst, void * stream);
     static void route(const op & self, ggml_tensor * dst, void * stream);
 
+    void                 stage_in_parts(ggml_context * ctx0, block & b, llama_moe_args & args, ggml_tensor * anchor, ggml_tensor * weights);
+    static void          mark(ggml_tensor * dst, op & self, bool is_eager);
     static ggml_tensor * add_op(ggml_context * ctx0, int64_t k, int64_t n_rows, ggml_tensor * ids, ggml_tensor * anchor,
                                 ggml_tensor * weights, op & self);
 

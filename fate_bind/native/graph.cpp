@@ -114,8 +114,12 @@ void fate_engine::find(llama_moe_args & args) {
     b->pool_op           = { this, layer, FATE_PATH_POOL };
     b->other_op          = { this, layer, static_cast<uint8_t>(b->dev ? FATE_PATH_STAGED : FATE_PATH_BYPASS) };
     b->route_op          = { this, layer, FATE_PATH_NOT_RUN };
+    b->bulk_op           = { this, layer, FATE_PATH_STAGED };
     block_of_[args.down] = b.get();
     pool_.add_layer(b->sources, b->n_experts, b->dev);
+    for (int32_t part = 0; part < static_cast<int32_t>(pool_.tensors(layer).size()); ++part) {
+        b->part_ops.push_back({ this, layer, FATE_PATH_STAGED, part });
+    }
     blocks_.push_back(std::move(b));
 }
 
@@ -152,6 +156,13 @@ void fate_engine::build_moe(ggml_context * ctx0, ggml_cgraph * gf, llama_moe_arg
         return;
     }
 
+    // between products that upstream fuses no op may stand: it does so up to max_rows
+    b.is_bulk = !pooled && n_rows > b.max_rows && b.device->is_bulk(b.at, static_cast<int32_t>(n_rows));
+    if (b.is_bulk) {
+        stage_in_parts(ctx0, b, args, anchor, weights);
+        return;
+    }
+
     args.ids = add_op(ctx0, k, n_rows, args.ids, anchor, weights, pooled ? b.pool_op : b.other_op);
     ggml_format_name(args.ids, pooled ? "fate_slots-%d" : "fate_staged-%d", args.il);
     for (ggml_tensor ** tensor : expert_tensors(args)) {
@@ -166,6 +177,27 @@ void fate_engine::build_moe(ggml_context * ctx0, ggml_cgraph * gf, llama_moe_arg
     }
 }
 
+// Each large tensor is the result of an op of its own, which comes right before the product that reads it.
+void fate_engine::stage_in_parts(ggml_context * ctx0, block & b, llama_moe_args & args, ggml_tensor * anchor, ggml_tensor * weights) {
+    const int32_t layer = b.bulk_op.layer;
+    args.ids            = add_op(ctx0, args.ids->ne[0], args.ids->ne[1], args.ids, anchor, weights, b.bulk_op);
+    ggml_format_name(args.ids, "fate_bulk-%d", args.il);
+    const auto & tensors = pool_.tensors(layer);
+    for (ggml_tensor ** tensor : expert_tensors(args)) {
+        if (!*tensor) {
+            continue;
+        }
+        const auto t = std::find_if(tensors.begin(), tensors.end(), [&](const fate_pool_tensor & one) { return one.source == *tensor; });
+        *tensor      = t->staging;
+        if (t->is_weight()) {
+            op & self = b.part_ops[t - tensors.begin()];
+            *tensor   = ggml_custom_inplace(ctx0, t->staging, &args.ids, 1, run_op, 1, &self);
+            mark(*tensor, self, true);
+            ggml_format_name(*tensor, "%.46s (part)", t->source->name);
+        }
+    }
+}
+
 void fate_engine::replay(ggml_context * ctx0, block & b, llama_moe_args & args) {
     if (!b.router) {
         return;
@@ -176,7 +208,13 @@ void fate_engine::replay(ggml_context * ctx0, block & b, llama_moe_args & args) 
 }
 
 // In op_params of an op that a GPU launches: behind what ggml and the backend keep there.
-static const size_t OP_OFFSET = 48;
+static const size_t OP_OFFSET = 56;
+
+void fate_engine::mark(ggml_tensor * dst, op & self, bool is_eager) {
+    const op * pointer = &self;
+    fate_device_mark(dst, launch_op, is_eager);
+    memcpy(reinterpret_cast<char *>(dst->op_params) + OP_OFFSET, &pointer, sizeof(pointer));
+}
 
 // src: ids, a weight of the GPU that holds the op there or null, router weights or null.
 ggml_tensor * fate_engine::add_op(ggml_context * ctx0, int64_t k, int64_t n_rows, ggml_tensor * ids, ggml_tensor * anchor,
@@ -185,9 +223,7 @@ ggml_tensor * fate_engine::add_op(ggml_context * ctx0, int64_t k, int64_t n_rows
     dst->src[1]       = anchor;
     dst->src[2]       = weights;
     if (anchor) {
-        const op * pointer = &self;
-        fate_device_mark(dst, launch_op);
-        memcpy(reinterpret_cast<char *>(dst->op_params) + OP_OFFSET, &pointer, sizeof(pointer));
+        mark(dst, self, &self == &self.engine->blocks_[self.layer]->bulk_op);
     }
     return dst;
 }
@@ -206,9 +242,15 @@ void fate_engine::launch_op(ggml_tensor * dst, void * stream) {
     try {
         if (self == &b.route_op) {
             route(*self, dst, stream);
+            return;
+        }
+        engine.ran_ = true;
+        if (self->part >= 0) {
+            b.device->launch_part(b.at, self->part, b.next && b.next->is_bulk, stream);
+        } else if (self == &b.bulk_op) {
+            b.device->launch_bulk(b.at, dst, stream);
         } else {
             b.device->launch(b.at, self->path, dst, stream);
-            engine.ran_ = true;
         }
     } catch (const std::exception & e) {
         engine.error_ = e.what();

@@ -21,6 +21,9 @@ struct fate_pool_tensor {
 
     size_t expert_bytes() const { return source->nb[expert_dim]; }
 
+    // A matrix for each expert, not a bias or a scale.
+    bool is_weight() const { return expert_dim == 2; }
+
     // What a kernel may read behind an expert.
     size_t tail_bytes() const { return ggml_is_quantized(source->type) && source->ne[0] % 256 != 0 ? FATE_POOL_TAIL : 0; }
 };

@@ -86,9 +86,9 @@ def batches(session: Session, tokens: list[int]) -> Logits:
 def mixed(session: Session, tokens: list[int]) -> Logits:
     """Prompt, decode, prompt again: what one path leaves behind the next one finds."""
     rows = []
-    for turn in range(3):
-        rows.append(session.logits(tokens[turn * 60 : turn * 60 + 40]))
-        rows += [session.logits([t]) for t in tokens[turn * 60 + 40 : turn * 60 + 60]]
+    for start, n_prompt in ((0, 40), (60, 130), (220, 40), (280, 200), (500, 64)):
+        rows.append(session.logits(tokens[start : start + n_prompt]))
+        rows += [session.logits([t]) for t in tokens[start + n_prompt : start + n_prompt + 20]]
     return np.concatenate(rows)
 
 
@@ -153,6 +153,9 @@ def test_replay_counts_what_the_device_counts(
         for step in range(6):
             session.decode(tokens[step * 6 : step * 6 + 6], [step] * 6, range(6), [True, False] * 3)
         session.decode(tokens[:3], [6] * 3, range(3), [False] * 3)
+        session.clear()
+        session.logits(tokens[:150])
+        session.logits(tokens[150:151])
         session.check()
     engine = session.counters()
     replayed = replay(load(path), POLICIES[policy](), mode="table", sync=sync)
@@ -198,3 +201,20 @@ def test_decode_is_one_captured_graph(pooled: Session, tokens: list[int]) -> Non
         assert before[1] == N_LAYERS
         assert before[0] - before[1] <= 2 * N_LAYERS
         assert session.counters().totals()["steps"] == 100
+
+
+def test_large_prompts_are_never_captured(resident: Session, pooled: Session, tokens: list[int]) -> None:
+    """What the copy engine brings depends on the slots at the time; a replay would bring others."""
+    resident.clear()
+    expected = resident.logits(tokens[:300])
+    with pooled.fork(policy="lru", slots=8, mode="table") as session:
+        for start in range(0, 300, 60):
+            for token in tokens[start : start + 60]:
+                session.logits([token])
+            before = launches(session)
+            session.clear()
+            assert np.array_equal(session.logits(tokens[:300]), expected)
+            session.clear()
+            after = launches(session)
+            assert after[0] - before[0] == N_LAYERS
+            assert after[1] == before[1]

@@ -54,16 +54,16 @@ def compare(
 
 @pytest.mark.parametrize("name", ENGAGING)
 def test_architecture(name: str, architectures: Path) -> None:
-    # -ub 24: the prompt is one step and is staged; -ub 8: several, on the edge of what a pool takes
-    for ubatch in ("24", "8"):
-        compare(architectures / f"{name}-moe.gguf", ["-c", "128", "-ub", ubatch], 4, range(1, 25), 12)
+    # -ub 64: staged ahead; 24: one step, staged layer by layer; 8: several, on the edge of the pool
+    for ubatch, n in (("64", 80), ("24", 24), ("8", 24)):
+        compare(architectures / f"{name}-moe.gguf", ["-c", "128", "-ub", ubatch], 4, range(1, n + 1), 12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantisation(kind: str, build: Build, embedded: Path, models: Path) -> None:
     model = quantize(build, embedded, models / f"{kind}.gguf", kind)
-    for slots in ("25%", 31):
-        total = compare(model, ["-c", "256"], slots, range(100, 148), 24)
+    for slots, n in (("25%", 48), (31, 80)):
+        total = compare(model, ["-c", "256"], slots, range(100, 100 + n), 24)
         assert total["staged"] > 0
     model.unlink()
 
