@@ -106,6 +106,7 @@ def _verify(argv: list[str]) -> int:
         slots=chosen.slots,
         mode=chosen.mode,
         sync=chosen.sync,
+        vram=chosen.vram,
         record=chosen.record,
     )
     try:

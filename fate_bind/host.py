@@ -83,6 +83,7 @@ class Host:
         config.slots_kind = getattr(lib, f"FATE_SLOTS_{slots.kind.upper()}")
         config.slots_value = float(slots.values[0]) if slots.values else 0.0
         config.slots_list, config.n_slots_list = slots_list, len(counts)
+        config.vram_bytes, config.vram_margin = self.config.vram or 0, self.config.vram_margin
         config.on_open, config.on_step = lib.fate_py_open, lib.fate_py_step
         config.on_miss, config.on_close = lib.fate_py_miss, lib.fate_py_close
         config.user = self._handle

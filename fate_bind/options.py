@@ -12,7 +12,11 @@ from fate_bind.errors import UsageError
 
 _FLAGS = {
     "policy": ("NAME|FILE.yaml|module:Class", "who decides which experts stay (default: lru)"),
-    "slots": ("N|N%|SIZE|N,N,...|auto", "slots per layer: 8, 25%, 4GiB in all, a list (default: 50%)"),
+    "slots": (
+        "N|N%|SIZE|N,N,...|auto",
+        "slots per layer: 8, 25%, 4GiB in all, a list (default: auto, what fits)",
+    ),
+    "vram": ("SIZE", "with slots auto: count on a card of this size"),
     "mode": ("table|callback|off", "scores between tokens, Python at every miss, no pool (default: table)"),
     "sync": (None, "scores act from the very next step; the model waits for the policy"),
     "record": ("FILE.npz", "write every token's routing to FILE.npz"),
@@ -27,6 +31,7 @@ class Options:
 
     policy: str = "lru"
     slots: str | None = None
+    vram: str | None = None
     mode: str | None = None
     sync: bool | None = None
     record: Path | None = None
@@ -77,6 +82,7 @@ def _checked(given: dict[str, str]) -> Options:
     return Options(
         policy=given.get("policy", "lru"),
         slots=given.get("slots"),
+        vram=given.get("vram"),
         mode=given.get("mode"),
         sync=given["sync"] == "true" if "sync" in given else None,
         record=record,

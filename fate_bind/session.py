@@ -39,15 +39,16 @@ def resolve_config(
     slots: Any = None,
     mode: str | None = None,
     sync: bool | None = None,
+    vram: Any = None,
 ) -> tuple[Config, Policy | None]:
     """Return the configuration meant, and the policy's instance if one was given.
 
     Parameters
     ----------
-    slots, mode, sync
+    slots, mode, sync, vram
         Win over the configuration's where they are not None.
     """
-    given = {"slots": slots, "mode": mode, "sync": sync}
+    given = {"slots": slots, "mode": mode, "sync": sync, "vram": vram}
     overrides = {key: value for key, value in given.items() if value is not None}
     if isinstance(policy, Policy):
         return replace(load("lru", overrides), policy=policy_name(policy)), policy
@@ -97,8 +98,8 @@ class Session:
         A .gguf file; None: the embedded model, unless `args` name one.
     args
         Flags of llama-completion, such as `["-c", "4096", "-t", "8"]`.
-    policy, slots, mode, sync
-        See `resolve_config`. The default is LRU over half of the experts.
+    policy, slots, mode, sync, vram
+        See `resolve_config`. The default is LRU over as many slots as fit.
     record
         Where to write the routing trace; True: a temporary file that lives as long as the session.
     require
@@ -119,12 +120,13 @@ class Session:
         slots: Any = None,
         mode: str | None = None,
         sync: bool | None = None,
+        vram: Any = None,
         record: str | Path | bool | None = None,
         require: bool = False,
         fate: bool = True,
         place: bool = True,
     ) -> None:
-        config, instance = resolve_config(policy, slots, mode, sync)
+        config, instance = resolve_config(policy, slots, mode, sync, vram)
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         if record is True:
             self._scratch = tempfile.TemporaryDirectory(prefix="fate-")
@@ -173,6 +175,7 @@ class Session:
         slots: Any = None,
         mode: str | None = None,
         sync: bool | None = None,
+        vram: Any = None,
         record: str | Path | None = None,
         require: bool = False,
     ) -> Session:
@@ -189,7 +192,7 @@ class Session:
         if policy is None:
             policy = self._host.config if self._host is not None else "lru"
             given = self._host.given_copy() if self._host is not None else None
-        config, instance = resolve_config(policy, slots, mode, sync)
+        config, instance = resolve_config(policy, slots, mode, sync, vram)
         instance = given if instance is None else instance
         return self.fork_with(Host(config, instance, Path(record) if record else None, require))
 

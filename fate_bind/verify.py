@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from fate_bind.errors import EngineError
 from fate_bind.host import Host
 from fate_bind.session import Choice, Session, resolve_config, token_ids
 from fate_bind.stats import Report
+from fate_policy.config import Slots
 
 PROMPT = "Once upon a time, there was a little girl who wanted to know how the moon stays in the sky."
 
@@ -114,6 +115,7 @@ def verify(
     slots: Any = None,
     mode: str | None = None,
     sync: bool | None = None,
+    vram: Any = None,
     record: str | Path | None = None,
     require: bool = False,
     place: bool = True,
@@ -129,10 +131,13 @@ def verify(
         Flags of llama-completion; `-p` or `-f` among them give the prompt where `prompt` is None.
     n_tokens
         Tokens generated after the prompt; the end-of-text token does not stop it.
-    policy, slots, mode, sync, record, require, place
-        As for `Session`.
+    policy, slots, mode, sync, vram, record, require, place
+        As for `Session`, but by default half of the experts have slots, whatever would fit: what is to be
+        verified is the pool.
     """
-    config, instance = resolve_config(policy, slots, mode, sync)
+    config, instance = resolve_config(policy, slots, mode, sync, vram)
+    if config.slots.kind == "auto" and slots is None and config.vram is None:
+        config = replace(config, slots=Slots.parse("50%"))
     host = Host(config, instance, Path(record) if record else None, require)  # refuses before a model loads
     with ExitStack() as stack:
         reference = stack.enter_context(Session(model, args, fate=False, place=place))

@@ -27,6 +27,7 @@ _SLOTS_ALLOWED = (
     "a count of 1 to 2147483647 (8), a share (25%), the pool's size (4GiB, 512MiB), "
     "a count for each layer ([8, 8, 16]), or auto"
 )
+_SIZE_ALLOWED = "a size: bytes, 512MiB or 8GiB"
 _UNITS = {"": 1} | {
     prefix + suffix: base**power
     for power, prefix in enumerate("KMGT", start=1)
@@ -148,6 +149,19 @@ class Slots:
         return text + {"percent": "%", "bytes": "B"}.get(self.kind, "")
 
 
+def parse_size(name: str, value: Any) -> int:
+    """Return the bytes that a value such as 1073741824, "8GiB" or "512M" means; 0 is allowed."""
+    if value in (0, "0"):
+        return 0
+    try:
+        size = Slots.parse(value)
+    except PolicyConfigError:
+        raise checks.bad_value(name, value, _SIZE_ALLOWED) from None
+    if size.kind not in ("bytes", "count"):
+        raise checks.bad_value(name, value, _SIZE_ALLOWED)
+    return int(size.values[0])
+
+
 @dataclass(frozen=True)
 class Config:
     """A checked configuration; only the policy's own parameters are left to `make_policy` to check."""
@@ -158,6 +172,8 @@ class Config:
     slots: Slots
     sync: bool
     refresh_tokens: int
+    vram: int | None = None
+    vram_margin: int = 2**30
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, fit for JSON or YAML, that say what was resolved."""
@@ -168,6 +184,8 @@ class Config:
             "slots": str(self.slots),
             "sync": self.sync,
             "refresh_tokens": self.refresh_tokens,
+            "vram": self.vram,
+            "vram_margin": self.vram_margin,
         }
 
 
@@ -210,14 +228,20 @@ def load(path_or_name: str | Path = "lru", overrides: Mapping[str, Any] | None =
         raise PolicyConfigError(
             f"params: is for own policies; write the parameters of {policy} under `{policy}:`"
         )
+    slots = Slots.parse(merged["slots"])
+    vram = None if merged["vram"] is None else parse_size("vram", merged["vram"])
+    if vram is not None and slots.kind != "auto":
+        raise PolicyConfigError(f"vram: is for slots: auto, which takes what fits; slots is {slots} here")
     mode = "off" if merged["mode"] is False else merged["mode"]  # YAML 1.1 reads a bare `off` as false
     return Config(
         policy=policy,
         params=dict(params),
         mode=checks.choice("mode", mode, MODES),
-        slots=Slots.parse(merged["slots"]),
+        slots=slots,
         sync=checks.flag("sync", merged["sync"]),
         refresh_tokens=checks.integer("refresh_tokens", merged["refresh_tokens"], minimum=1),
+        vram=vram,
+        vram_margin=parse_size("vram_margin", merged["vram_margin"]),
     )
 
 

@@ -54,8 +54,37 @@ static std::string minimum(int32_t kind, const std::vector<fate_layer_shape> & l
     }
 }
 
+// Slots of the layers of each GPU from what is free there.
+static std::vector<int32_t> slots_for_budgets(const std::vector<fate_layer_shape> & layers, const std::vector<fate_budget> & budgets) {
+    std::vector<int32_t> n_slots;
+    for (size_t device = 0; device < budgets.size(); ++device) {
+        std::vector<fate_layer_shape> here;
+        int64_t                       all  = 0;
+        int32_t                       most = 0;
+        for (const fate_layer_shape & layer : layers) {
+            if (layer.served && layer.device == static_cast<int32_t>(device)) {
+                here.push_back(layer);
+                all += layer.n_experts * layer.expert_bytes;
+                most = std::max(most, layer.n_experts);
+            }
+        }
+        const fate_budget & budget = budgets[device];
+        n_slots.push_back(all <= budget.bytes ? most : slots_for_bytes(static_cast<double>(budget.bytes - budget.staging_bytes), here));
+    }
+    return n_slots;
+}
+
+static std::string too_little_vram(const fate_layer_shape & layer, int32_t n, const fate_budget & budget) {
+    const double gib = 1 << 30;
+    return fate_format(
+        "slots: %.2f GiB of VRAM are free for experts, %.2f GiB of them for staging: %d slots a layer, and a token uses %d experts; "
+        "a shorter context (-c), a smaller -ub or fewer layers on the GPU (-ngl) leave more",
+        std::max(0.0, static_cast<double>(budget.bytes) / gib), static_cast<double>(budget.staging_bytes) / gib, n, layer.k);
+}
+
 std::vector<int32_t> fate_capacity(const fate_config & config, const std::vector<int32_t> & list,
-                                   const std::vector<fate_layer_shape> & layers, int64_t staging_bytes) {
+                                   const std::vector<fate_layer_shape> & layers, int64_t staging_bytes,
+                                   const std::vector<fate_budget> & budgets) {
     if (config.slots_kind == FATE_SLOTS_LIST && list.size() != layers.size()) {
         throw fate_error(FATE_STATUS_CAPACITY,
                          fate_format("slots: the list has %zu numbers, but the model has %zu MoE layers; give one number for each layer",
@@ -67,6 +96,11 @@ std::vector<int32_t> fate_capacity(const fate_config & config, const std::vector
     }
     const int32_t for_bytes =
         config.slots_kind == FATE_SLOTS_BYTES ? slots_for_bytes(config.slots_value - static_cast<double>(staging_bytes), layers) : 0;
+
+    std::vector<int32_t> for_budgets;
+    if (config.slots_kind == FATE_SLOTS_AUTO) {
+        for_budgets = slots_for_budgets(layers, budgets);
+    }
 
     std::vector<int32_t> n_slots(layers.size());
     for (size_t i = 0; i < layers.size(); ++i) {
@@ -88,8 +122,15 @@ std::vector<int32_t> fate_capacity(const fate_config & config, const std::vector
                 n = percent_of(config.slots_value, layers[i].n_experts);
                 break;
             default:
-                n = percent_of(AUTO_PERCENT_CPU, layers[i].n_experts);
-                n = std::max<double>(n, layers[i].k);
+                if (layers[i].device < 0) {
+                    n = std::max(percent_of(AUTO_PERCENT_CPU, layers[i].n_experts), layers[i].k);
+                } else {
+                    n = for_budgets[layers[i].device];
+                    if (n < layers[i].k) {
+                        throw fate_error(FATE_STATUS_CAPACITY,
+                                         too_little_vram(layers[i], static_cast<int32_t>(n), budgets[layers[i].device]));
+                    }
+                }
                 break;
         }
         if (n > most) {

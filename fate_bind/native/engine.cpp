@@ -13,6 +13,8 @@
 // A warm-up decodes two tokens, or encodes two and decodes one.
 static const int64_t WARM_UP_TOKENS = 4;
 
+static const int32_t MAX_TRIES = 8; // of `auto`, to find a size that fits
+
 //
 // life
 //
@@ -44,71 +46,138 @@ fate_engine::~fate_engine() {
     }
 }
 
-// Decides which layers engage and makes their pools; leaves reason_ set if one does not.
-void fate_engine::engage() {
-    std::vector<fate_layer_shape> shapes;
-    bool                          any_served = false;
+// What the first reserve found.
+void fate_engine::measure() {
     for (size_t i = 0; i < blocks_.size(); ++i) {
-        const block & b      = *blocks_[i];
-        const int64_t bytes  = pool_.expert_bytes(static_cast<int32_t>(i));
-        const bool    served = b.refused.empty();
-        any_served           = any_served || served;
-        reason_              = served ? reason_ : b.refused;
-        shapes.push_back({ b.n_experts, b.k, bytes, served });
+        const block &    b      = *blocks_[i];
+        const int64_t    bytes  = pool_.expert_bytes(static_cast<int32_t>(i));
+        fate_layer_shape shape  = { b.n_experts, b.k, bytes, b.refused.empty(), -1 };
+        const auto       device = std::find(gpus_.begin(), gpus_.end(), b.dev);
+        if (b.dev && shape.served) {
+            shape.device = static_cast<int32_t>(device - gpus_.begin());
+            if (device == gpus_.end()) {
+                gpus_.push_back(b.dev);
+            }
+        }
+        shapes_.push_back(shape);
         n_experts_.push_back(b.n_experts);
         k_.push_back(b.k);
         expert_bytes_.push_back(bytes);
         max_k_       = std::max(max_k_, b.k);
         max_experts_ = std::max(max_experts_, b.n_experts);
     }
+    withheld_.assign(gpus_.size(), 0);
+    scores_.resize(blocks_.size() * static_cast<size_t>(max_experts_));
+    bonus_.resize(blocks_.size());
+}
+
+// Of each GPU what is free now and may be taken.
+std::vector<fate_budget> fate_engine::budgets() const {
+    std::vector<fate_budget> all;
+    for (size_t i = 0; i < gpus_.size(); ++i) {
+        size_t free;
+        size_t total;
+        ggml_backend_dev_memory(gpus_[i], &free, &total);
+        const int64_t spared = config_.vram_bytes > 0 ? std::max<int64_t>(static_cast<int64_t>(total) - config_.vram_bytes, 0) : 0;
+        all.push_back({ static_cast<int64_t>(free) - spared - config_.vram_margin - withheld_[i], pool_.staging_bytes_on(gpus_[i]) });
+    }
+    return all;
+}
+
+// Which layers engage; reason_ is set if one does not. False if there is nothing to place.
+bool fate_engine::choose() {
+    reason_    = blocks_.empty() ? "the model has no mixture-of-experts layers" : "";
+    n_engaged_ = 0;
+    n_whole_   = 0;
     n_slots_.assign(blocks_.size(), 0);
-    if (blocks_.empty()) {
-        reason_ = "the model has no mixture-of-experts layers";
+    bool any_served = false;
+    for (const auto & b : blocks_) {
+        any_served = any_served || b->refused.empty();
+        reason_    = b->refused.empty() ? reason_ : b->refused;
     }
     if (!any_served) {
-        return;
+        return false;
     }
-
     std::vector<int32_t> wanted;
     try {
-        wanted = fate_capacity(config_, settings_->slots_list, shapes, pool_.staging_bytes());
+        wanted = fate_capacity(config_, settings_->slots_list, shapes_, pool_.staging_bytes(), budgets());
     } catch (const fate_error & error) {
-        if (!fate_registry_any_engaged()) {
+        // `auto` takes what there is; a draft model or an MTP context is beside the model that the slots were meant for
+        if (config_.slots_kind != FATE_SLOTS_AUTO && !fate_registry_any_engaged()) {
             throw;
         }
-        reason_ = error.what(); // a draft model or an MTP context beside the model that the slots were meant for
-        return;
+        reason_ = error.what();
+        return false;
     }
     for (size_t i = 0; i < blocks_.size(); ++i) {
-        if (shapes[i].served && wanted[i] < shapes[i].n_experts) {
+        block & b  = *blocks_[i];
+        b.is_whole = shapes_[i].served && b.dev && wanted[i] == b.n_experts;
+        n_whole_ += b.is_whole;
+        if (shapes_[i].served && wanted[i] < b.n_experts) {
             n_slots_[i] = wanted[i];
             ++n_engaged_;
-        } else if (shapes[i].served && reason_.empty()) {
+        } else if (shapes_[i].served && reason_.empty()) {
             reason_ = "all experts resident";
         }
+        b.n_slots = n_slots_[i];
     }
-    if (n_engaged_ == 0) {
-        return;
-    }
-    for (size_t i = 0; i < blocks_.size(); ++i) {
-        blocks_[i]->n_slots = n_slots_[i];
-        if (n_slots_[i] > 0 && !blocks_[i]->dev) {
-            blocks_[i]->layer = std::make_unique<fate_layer>(shapes[i].n_experts, shapes[i].k, n_slots_[i], shapes[i].expert_bytes);
+    return n_engaged_ + n_whole_ > 0;
+}
+
+// Makes the pools of the layers that engage; leaves reason_ set if one does not.
+void fate_engine::engage() {
+    while (choose()) {
+        std::vector<int32_t> n_placed = n_slots_;
+        for (size_t i = 0; i < blocks_.size(); ++i) {
+            block & b = *blocks_[i];
+            if (b.is_whole) {
+                n_placed[i] = b.n_experts;
+            } else if (b.n_slots > 0 && !b.dev) {
+                b.layer = std::make_unique<fate_layer>(b.n_experts, b.k, b.n_slots, shapes_[i].expert_bytes);
+            }
+        }
+        pool_bytes_ = pool_.bytes(n_placed) + pool_.staging_bytes(&n_placed);
+        engaged_    = n_engaged_ > 0;
+        try {
+            if (!pool_.allocate(n_placed)) {
+                throw fate_error(FATE_STATUS_MEMORY, no_memory());
+            }
+            open_devices();
+            return;
+        } catch (const fate_error & e) {
+            give_up(e.what());
+            if (e.status() != FATE_STATUS_MEMORY || !shrink()) {
+                return;
+            }
         }
     }
-    pool_bytes_ = pool_.bytes(n_slots_) + pool_.staging_bytes(&n_slots_);
-    engaged_    = true;
-    try {
-        if (!pool_.allocate(n_slots_)) {
-            throw fate_error(FATE_STATUS_MEMORY, no_memory());
-        }
-        open_devices();
-    } catch (const fate_error & e) {
-        give_up(e.what());
-        return;
+}
+
+// Has `auto` ask for less. False if that is of no use.
+bool fate_engine::shrink() {
+    if (!is_auto() || n_tries_ == MAX_TRIES) {
+        return false;
     }
-    scores_.resize(n_slots_.size() * static_cast<size_t>(max_experts_));
-    bonus_.resize(n_slots_.size());
+    ++n_tries_;
+    const std::vector<fate_budget> now = budgets();
+    for (size_t i = 0; i < now.size(); ++i) {
+        withheld_[i] += std::max<int64_t>(now[i].bytes / 16, 0);
+    }
+    return true;
+}
+
+// Whether llama.cpp's own buffers grew into the margin: they serve the experts' products too now. `auto` then chooses again beside them.
+bool fate_engine::is_overdrawn() {
+    if (!is_auto() || !is_placed() || n_tries_ == MAX_TRIES) {
+        return false;
+    }
+    const std::vector<fate_budget> now   = budgets();
+    bool                           drawn = false;
+    for (size_t i = 0; i < now.size(); ++i) {
+        drawn = drawn || now[i].bytes + withheld_[i] < 0;
+    }
+    n_tries_ += drawn;
+    return drawn;
 }
 
 std::string fate_engine::no_memory() const {
@@ -180,9 +249,11 @@ void fate_engine::give_up(const std::string & why) {
     n_engaged_  = 0;
     pool_bytes_ = 0;
     n_slots_.assign(n_slots_.size(), 0);
+    n_whole_ = 0;
     for (auto & b : blocks_) {
-        b->n_slots = 0;
-        b->device  = nullptr;
+        b->n_slots  = 0;
+        b->is_whole = false;
+        b->device   = nullptr;
         b->layer.reset();
     }
     devices_.clear();
@@ -193,17 +264,21 @@ bool fate_engine::reserved(bool ok) {
     try {
         switch (stage_) {
             case stage::FINDING:
+                measure();
                 engage();
                 open_routers();
                 stage_ = stage::TRYING;
                 break;
             case stage::TRYING:
-                if (ok) {
+                if (ok && !is_overdrawn()) {
                     settle();
                     return false;
                 }
                 give_up(no_memory());
-                stage_ = stage::GIVEN_UP;
+                if (ok || shrink()) {
+                    engage();
+                }
+                stage_ = is_placed() ? stage::TRYING : stage::GIVEN_UP;
                 break;
             case stage::GIVEN_UP:
                 if (!ok) {
@@ -215,7 +290,7 @@ bool fate_engine::reserved(bool ok) {
                 return false;
         }
         ++epoch;
-        if (!engaged_ && !routing_ && stage_ == stage::TRYING) { // nothing was allocated: the graphs stay as they are
+        if (!is_placed() && !routing_ && stage_ == stage::TRYING) { // nothing was allocated: the graphs stay as they are
             settle();
             return false;
         }

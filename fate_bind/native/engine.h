@@ -1,6 +1,7 @@
 // The engine of one context: what llama.cpp's doors (llama-engine.h) lead to.
 #pragma once
 
+#include "capacity.h"
 #include "device.h"
 #include "fate.h"
 #include "layer.h"
@@ -64,6 +65,8 @@ struct fate_engine final : llama_engine_i {
 
     bool is_engaged() const { return engaged_; }
 
+    bool is_placed() const { return engaged_ || n_whole_ > 0; }
+
     const std::string & error() const { return error_; } // why the last ubatch failed, "" if not by us; decode thread
 
 private:
@@ -83,6 +86,7 @@ private:
         std::string                 refused;              // why it cannot be served, "" if it can
         ggml_backend_dev_t          dev;                  // that runs the layer, null: the CPU
         int32_t                     n_slots  = 0;         // 0: not engaged
+        bool                        is_whole = false;     // every expert is on the GPU
         int32_t                     max_rows = INT32_MAX; // of the pool path
         std::unique_ptr<fate_layer> layer;                // engaged on the CPU
         fate_device *               device = nullptr;     // engaged on a GPU
@@ -119,9 +123,16 @@ private:
     void        find(llama_moe_args & args);
     std::string refuse(llama_moe_args & args) const;
 
-    ggml_backend_dev_t device_of(const llama_moe_args & args) const;
+    bool is_auto() const { return config_.slots_kind == FATE_SLOTS_AUTO && !gpus_.empty(); }
 
+    std::vector<fate_budget> budgets() const;
+    ggml_backend_dev_t       device_of(const llama_moe_args & args) const;
+
+    void        measure();
     void        engage();
+    bool        choose();
+    bool        shrink();
+    bool        is_overdrawn();
     void        open_devices();
     void        open_routers();
     void        replay(ggml_context * ctx0, block & b, llama_moe_args & args);
@@ -154,9 +165,15 @@ private:
     std::string       reason_; // why not, or why not wholly
     std::string       model_name_;
     int32_t           n_engaged_   = 0;
+    int32_t           n_whole_     = 0;
     int32_t           max_k_       = 0;
     int32_t           max_experts_ = 0;
     int64_t           pool_bytes_  = 0;
+
+    std::vector<fate_layer_shape>   shapes_;
+    std::vector<ggml_backend_dev_t> gpus_;     // by fate_layer_shape::device
+    std::vector<int64_t>            withheld_; // bytes of each that `auto` learned to leave alone
+    int32_t                         n_tries_ = 0;
 
     std::vector<int32_t> n_experts_;
     std::vector<int32_t> k_;

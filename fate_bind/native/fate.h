@@ -43,7 +43,7 @@ enum {
 };
 
 enum {
-    FATE_SLOTS_AUTO    = 0, // half of the experts on the CPU
+    FATE_SLOTS_AUTO    = 0, // on a GPU what its memory has room for, on the CPU half of the experts
     FATE_SLOTS_COUNT   = 1, // slots_value: slots of every layer
     FATE_SLOTS_PERCENT = 2, // slots_value: share of each layer's experts, in percent, rounded down
     FATE_SLOTS_BYTES   = 3, // slots_value: bytes of the whole pool, the same number of slots in every layer
@@ -131,7 +131,9 @@ typedef struct fate_config {
     double  slots_value;
     const int32_t * slots_list;
     int32_t         n_slots_list;
-    fate_open_fn    on_open; // each may be null
+    int64_t         vram_bytes;  // FATE_SLOTS_AUTO: counts on a card of this size, 0: on all that the card has
+    int64_t         vram_margin; // FATE_SLOTS_AUTO: bytes of each card to leave free
+    fate_open_fn    on_open;     // each may be null
     fate_step_fn    on_step;
     fate_miss_fn    on_miss;
     fate_close_fn   on_close;

@@ -129,10 +129,18 @@ void fate_engine::build_moe(ggml_context * ctx0, ggml_cgraph * gf, llama_moe_arg
         return;
     }
     const auto it = block_of_.find(args.down);
-    if (it == block_of_.end() || it->second->sources != sources_of(args) || ctx_.get_cparams().warmup) {
+    if (it == block_of_.end() || it->second->sources != sources_of(args)) {
         return;
     }
-    block &       b      = *it->second;
+    block & b = *it->second;
+    if (b.is_whole) {
+        for (ggml_tensor ** tensor : expert_tensors(args)) {
+            *tensor = *tensor ? pool_.slots_of(b.pool_op.layer, *tensor) : nullptr;
+        }
+    }
+    if (ctx_.get_cparams().warmup) {
+        return;
+    }
     const int64_t k      = args.ids->ne[0];
     const int64_t n_rows = args.ids->ne[1];
     if (k != b.k) {

@@ -30,7 +30,7 @@ std::string fate_pool::refuse(const ggml_tensor * source, int64_t n_experts) {
 }
 
 void fate_pool::add_layer(const std::vector<ggml_tensor *> & sources, int64_t n_experts, ggml_backend_dev_t dev) {
-    layer l = { dev, {} };
+    layer l = { dev, n_experts, {} };
     for (size_t role = 0; role < sources.size(); ++role) {
         if (sources[role] && refuse(sources[role], n_experts).empty()) {
             l.tensors.push_back({ sources[role], role, expert_dim(sources[role]), nullptr, nullptr });
@@ -55,12 +55,16 @@ int64_t fate_pool::bytes(const std::vector<int32_t> & n_slots) const {
     return sum;
 }
 
+bool fate_pool::is_staged(size_t layer, ggml_backend_dev_t dev, const std::vector<int32_t> * n_slots) const {
+    return layers_[layer].dev == dev && (!n_slots || ((*n_slots)[layer] > 0 && (*n_slots)[layer] < layers_[layer].n_experts));
+}
+
 // The largest tensor of each role on a device; what upstream reads past its end is counted in.
 std::vector<size_t> fate_pool::role_bytes(ggml_backend_dev_t dev, const std::vector<int32_t> * n_slots) const {
     const size_t        align = ggml_backend_buft_get_alignment(ggml_backend_dev_buffer_type(dev));
     std::vector<size_t> bytes;
     for (size_t i = 0; i < layers_.size(); ++i) {
-        if (layers_[i].dev != dev || (n_slots && (*n_slots)[i] == 0)) {
+        if (!is_staged(i, dev, n_slots)) {
             continue;
         }
         for (const fate_pool_tensor & t : layers_[i].tensors) {
@@ -81,6 +85,14 @@ int64_t fate_pool::staging_bytes(const std::vector<int32_t> * n_slots) const {
                 sum += static_cast<int64_t>(n);
             }
         }
+    }
+    return sum;
+}
+
+int64_t fate_pool::staging_bytes_on(ggml_backend_dev_t dev) const {
+    int64_t sum = 0;
+    for (const size_t n : role_bytes(dev, nullptr)) {
+        sum += static_cast<int64_t>(n);
     }
     return sum;
 }
@@ -125,6 +137,9 @@ bool fate_pool::allocate_staging(ggml_backend_dev_t dev, const std::vector<int32
     for (const size_t n : bytes) {
         total += n;
     }
+    if (total == 0) {
+        return true;
+    }
     ctxs_.emplace_back(ggml_init({ (n_tensors + 1) * ggml_tensor_overhead(), nullptr, /*no_alloc =*/true }));
     buffers_.emplace_back(ggml_backend_buft_alloc_buffer(ggml_backend_dev_buffer_type(dev), total));
     if (!ctxs_.back() || !buffers_.back()) {
@@ -132,7 +147,7 @@ bool fate_pool::allocate_staging(ggml_backend_dev_t dev, const std::vector<int32
     }
     ggml_backend_buffer_set_usage(buffers_.back().get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
     for (size_t i = 0; i < layers_.size(); ++i) {
-        if (n_slots[i] == 0 || layers_[i].dev != dev) {
+        if (!is_staged(i, dev, &n_slots)) {
             continue;
         }
         for (fate_pool_tensor & t : layers_[i].tensors) {
@@ -164,7 +179,19 @@ bool fate_pool::allocate(const std::vector<int32_t> & n_slots) {
             return false;
         }
     }
+    fill_whole_layers(n_slots);
     return true;
+}
+
+void fate_pool::fill_whole_layers(const std::vector<int32_t> & n_slots) {
+    for (size_t i = 0; i < layers_.size(); ++i) {
+        if (!layers_[i].dev || n_slots[i] < layers_[i].n_experts) {
+            continue;
+        }
+        for (const fate_pool_tensor & t : layers_[i].tensors) {
+            ggml_backend_tensor_set(t.slots, t.source->data, 0, ggml_nbytes(t.source));
+        }
+    }
 }
 
 void fate_pool::release() {

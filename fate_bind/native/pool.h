@@ -40,7 +40,9 @@ public:
     int64_t bytes(const std::vector<int32_t> & n_slots) const;                   // of a whole pool, without alignment and staging
     int64_t staging_bytes(const std::vector<int32_t> * n_slots = nullptr) const; // null: if all layers engage
 
-    // Makes the slots of the layers with n_slots > 0, all zero. False if the memory cannot be had.
+    int64_t staging_bytes_on(ggml_backend_dev_t dev) const;                      // likewise
+    // Makes the slots of the layers with n_slots > 0, all zero. Where every expert of a GPU's layer has one, slot and expert have the same number and hold it
+    // already. False if the memory cannot be had.
     bool allocate(const std::vector<int32_t> & n_slots);
     void release();
 
@@ -57,10 +59,13 @@ public:
 private:
     struct layer {
         ggml_backend_dev_t            dev;
+        int64_t                       n_experts;
         std::vector<fate_pool_tensor> tensors;
     };
 
     const fate_pool_tensor * find(int32_t layer, const ggml_tensor * source) const;
+    bool                     is_staged(size_t layer, ggml_backend_dev_t dev, const std::vector<int32_t> * n_slots) const;
+    void                     fill_whole_layers(const std::vector<int32_t> & n_slots);
     bool                     allocate_slots(ggml_backend_dev_t dev, const std::vector<int32_t> & n_slots);
     bool                     allocate_staging(ggml_backend_dev_t dev, const std::vector<int32_t> & n_slots);
     std::vector<size_t>      role_bytes(ggml_backend_dev_t dev, const std::vector<int32_t> * n_slots) const;

@@ -65,6 +65,12 @@ int32_t fate_configure(const fate_config * config) {
             if (config->n_slots_list < 0 || (config->n_slots_list > 0 && !config->slots_list)) {
                 throw fate_error(FATE_STATUS_INVALID, fate_format("n_slots_list %d without a list", config->n_slots_list));
             }
+            if (config->vram_bytes < 0 || config->vram_margin < 0) {
+                throw fate_error(FATE_STATUS_INVALID, "vram_bytes and vram_margin are bytes, 0 or more");
+            }
+            if (config->vram_bytes > 0 && config->slots_kind != FATE_SLOTS_AUTO) {
+                throw fate_error(FATE_STATUS_INVALID, "vram says how large a card `slots: auto` may count on; leave out one of the two");
+            }
             if (config->mode == FATE_MODE_CALLBACK && !config->on_miss) {
                 throw fate_error(FATE_STATUS_INVALID, "callback mode needs on_miss");
             }

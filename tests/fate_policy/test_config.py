@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,12 @@ def written(folder: Path, text: str) -> Path:
 
 
 def test_reference_is_the_defaults() -> None:
-    assert (
-        load(REFERENCE) == load() == Config("lru", {}, "table", Slots("percent", (Fraction(50),)), False, 1)
-    )
+    assert load(REFERENCE) == load() == Config("lru", {}, "table", Slots("auto"), False, 1)
 
 
 def test_reference_has_a_block_for_every_built_in_policy() -> None:
     keys = yaml.safe_load(REFERENCE.read_text(encoding="utf-8"))
-    general = {"policy", "mode", "slots", "sync", "refresh_tokens", "params"}
+    general = {"policy", "mode", "slots", "vram", "vram_margin", "sync", "refresh_tokens", "params"}
     assert set(keys) - general == set(registry.BUILT_IN)
 
 
@@ -45,6 +42,8 @@ def test_a_file_says_what_differs(tmp_path: Path) -> None:
         "slots": "25%",
         "sync": False,
         "refresh_tokens": 1,
+        "vram": None,
+        "vram_margin": 2**30,
     }
     policy = make_policy(load(str(path)))
     assert isinstance(policy, Frequency)
@@ -344,3 +343,27 @@ def test_slots_that_do_not_fit(value: Any, fault: str) -> None:
 
 def test_auto_slots_take_the_free_memory() -> None:
     assert Slots.parse("auto").resolve([32, 16], [4, 4], [100, 200], free_bytes=3000).tolist() == [10, 10]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("8GiB", 2**33), ("512M", 2**29), (1024, 1024), (0, 0), (None, None)]
+)
+def test_vram_is_a_size(value: object, expected: int | None) -> None:
+    assert load("lru", {"vram": value}).vram == expected
+
+
+def test_vram_margin_is_a_gib_by_default() -> None:
+    assert load("lru").vram_margin == 2**30
+    assert load("lru", {"vram_margin": "256MiB"}).vram_margin == 2**28
+
+
+@pytest.mark.parametrize("value", ["half", "50%", -1, [1, 2], "auto", 1.5])
+def test_vram_that_is_no_size_is_told(value: object) -> None:
+    for key in ("vram", "vram_margin"):
+        with pytest.raises(PolicyConfigError, match=rf"{key}.*8GiB"):
+            load("lru", {key: value})
+
+
+def test_vram_is_for_auto() -> None:
+    with pytest.raises(PolicyConfigError, match="slots: auto"):
+        load("lru", {"vram": "8GiB", "slots": "50%"})

@@ -44,6 +44,37 @@ int main() {
     CHECK((slots(FATE_SLOTS_LIST, 0, { 4, 8 }) == list{ 4, 8 }));
     CHECK((slots(FATE_SLOTS_AUTO, 0) == list{ 16, 64 }));
 
+    // two GPUs and the CPU: each GPU's layers share its memory, the last GPU has room for all of its experts and then needs no staging
+    const std::vector<fate_layer_shape> spread = {
+        { 32,  4, 100, true,  0  },
+        { 128, 8, 200, true,  0  },
+        { 64,  8, 50,  true,  1  },
+        { 64,  8, 50,  true,  -1 },
+        { 64,  8, 900, false, -1 },
+    };
+    fate_config free_memory{};
+    free_memory.slots_kind = FATE_SLOTS_AUTO;
+    const auto with        = [&](int64_t first, int64_t second) {
+        return fate_capacity(free_memory,
+                             {
+        },
+                             spread, 0, { { first, 1000 }, { second, 500 } });
+    };
+    CHECK((with(1000 + 20 * 300, 64 * 50) == list{ 20, 20, 64, 32, 0 }));
+    CHECK((with(1000 + 20 * 300 - 1, 64 * 50 - 1) == list{ 19, 19, 53, 32, 0 }));
+    CHECK((with(1000 + 32 * 300 + 7 * 200, 500 + 8 * 50) == list{ 32, 39, 8, 32, 0 }));
+    CHECK((with(32 * 100 + 128 * 200, 1 << 30) == list{ 32, 128, 64, 32, 0 }));
+    for (const int64_t too_little : { int64_t(1000 + 8 * 300 - 1), int64_t(0), int64_t(-1) << 40 }) {
+        std::string why;
+        try {
+            with(too_little, 1 << 30);
+        } catch (const fate_error & e) {
+            CHECK(e.status() == FATE_STATUS_CAPACITY);
+            why = e.what();
+        }
+        CHECK(says(why, "VRAM") && says(why, "-c"));
+    }
+
     // a layer that cannot be served gets nothing, and its bytes go to the others
     fate_config config{};
     config.slots_kind  = FATE_SLOTS_BYTES;
