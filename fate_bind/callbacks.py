@@ -42,6 +42,25 @@ def install(loaded: library.Library) -> None:
 
         return guarded(user, call)
 
+    def fate_py_expect(
+        user: Any,
+        engine: Any,
+        n_tokens: int,
+        tokens: Any,
+        positions: Any,
+        sequences: Any,
+        scores: Any,
+        bonus: Any,
+        published: Any,
+    ) -> int:
+        def call(host: Host) -> None:
+            known = array(tokens, (n_tokens,), np.int32)
+            published[0] = host.find(engine).expect(
+                known, array(sequences, (n_tokens,), np.int32), scores, bonus
+            )
+
+        return guarded(user, call)
+
     def fate_py_miss(
         user: Any,
         engine: Any,
@@ -78,7 +97,7 @@ def install(loaded: library.Library) -> None:
         """Store what a signal handler raised before the guard began or after it ended."""
         ffi.from_handle(trace.tb_frame.f_locals["user"]).store(error)
 
-    for function in (fate_py_open, fate_py_step, fate_py_miss):
+    for function in (fate_py_open, fate_py_step, fate_py_expect, fate_py_miss):
         ffi.def_extern(error=int(lib.FATE_STATUS_POLICY), onerror=stray)(function)
     ffi.def_extern(onerror=stray)(fate_py_close)
     ffi.def_extern()(fate_py_interrupt)

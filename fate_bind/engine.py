@@ -58,7 +58,9 @@ class Engine:
                 if self.driver is None:
                     config = self.host.config
                     policy = self.host.next_policy()
-                    self.driver = Driver(policy, self.geometry, config.mode, config.refresh_tokens)
+                    self.driver = Driver(
+                        policy, self.geometry, config.mode, config.refresh_tokens, sync=config.sync
+                    )
                 else:
                     self.driver.reset()
 
@@ -73,12 +75,27 @@ class Engine:
             return False
         with self._asking(began):
             self.driver.observe(step)
-            published = self.driver.publish()
-            if published is not None:
-                ffi = library.load().ffi
-                for target, array in zip((scores, bonus), published, strict=True):
-                    ffi.memmove(target, np.ascontiguousarray(array, np.float32), array.nbytes)
-            return published is not None
+            return not self.driver.expects and self._publish(scores, bonus)
+
+    def expect(
+        self, tokens: NDArray[np.int32], sequences: NDArray[np.int32], scores: Any, bonus: Any
+    ) -> bool:
+        """Take in what comes next; return whether new scores were written."""
+        if self.driver is None or self._policy_error is not None:
+            return False
+        with self._asking(time.perf_counter()):
+            self.driver.expect(tokens, sequences)
+            return self._publish(scores, bonus)
+
+    def _publish(self, scores: Any, bonus: Any) -> bool:
+        assert self.driver is not None
+        published = self.driver.publish()
+        if published is None:
+            return False
+        ffi = library.load().ffi
+        for target, numbers in zip((scores, bonus), published, strict=True):
+            ffi.memmove(target, np.ascontiguousarray(numbers, np.float32), numbers.nbytes)
+        return True
 
     def miss(
         self,

@@ -14,11 +14,11 @@ from fate_bind import callbacks, library
 from fate_bind.engine import Engine
 from fate_policy.base import Policy
 from fate_policy.config import Config, make_policy
-from fate_policy.driver import check_mode
+from fate_policy.driver import check_mode, overrides
 from fate_policy.errors import PolicyConfigError, TraceError
 
 _MODES = {"off": "FATE_MODE_OFF", "table": "FATE_MODE_TABLE", "callback": "FATE_MODE_CALLBACK"}
-_EVENTS_AND_QUESTIONS = ("start", "observe", "admit", "drop", "scores", "bonus", "victims")
+_EVENTS_AND_QUESTIONS = ("start", "observe", "expect", "admit", "drop", "scores", "bonus", "victims")
 
 _one_configuration = threading.RLock()
 _alive: set[Host] = set()  # the library holds no reference, so this does
@@ -59,10 +59,10 @@ class Host:
         first = make_policy(config) if policy is None else policy
         check_mode(first, config.mode)
         self._first: Policy | None = first
-        kind = type(first)
-        self.is_silent = config.mode == "table" and all(
-            getattr(kind, name) is getattr(Policy, name) for name in _EVENTS_AND_QUESTIONS
+        self.is_silent = config.mode == "table" and not any(
+            overrides(first, name) for name in _EVENTS_AND_QUESTIONS
         )
+        self._expects = overrides(first, "expect")
         self._is_configured = False
         callbacks.install(library.load())
         self._handle = library.load().ffi.new_handle(self)
@@ -78,6 +78,7 @@ class Host:
         config.mode = getattr(lib, _MODES[self.config.mode])
         config.sync = self.config.sync or self.is_silent
         config.scores = not self.is_silent
+        config.expects = self._expects
         config.record = self.record is not None
         config.require = self.require
         config.slots_kind = getattr(lib, f"FATE_SLOTS_{slots.kind.upper()}")
@@ -85,7 +86,8 @@ class Host:
         config.slots_list, config.n_slots_list = slots_list, len(counts)
         config.vram_bytes, config.vram_margin = self.config.vram or 0, self.config.vram_margin
         config.on_open, config.on_step = lib.fate_py_open, lib.fate_py_step
-        config.on_miss, config.on_close = lib.fate_py_miss, lib.fate_py_close
+        config.on_expect, config.on_miss = lib.fate_py_expect, lib.fate_py_miss
+        config.on_close = lib.fate_py_close
         config.user = self._handle
         with _one_configuration:
             library.check(lib.fate_configure(config))

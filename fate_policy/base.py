@@ -71,7 +71,9 @@ class History:
     last_use : int64 (n_layers, max_experts): the layer's clock at the last use, 0 = never
     clock : int64 (n_layers,): routed pairs so far
     resident : bool (n_layers, max_experts)
-    scores, bonus, published_at : the last publication, (n_layers, max_experts), (n_layers,), (n_layers,)
+    scores, bonus : the last publication, (n_layers, max_experts), (n_layers,)
+    published_at : the clock at that time, (n_layers,), so that a later use has the bonus
+    acts_late : scores act not on the step that `expect` told of last but on the one after it (`sync: false`)
     """
 
     last_use: NDArray[np.int64]
@@ -80,6 +82,7 @@ class History:
     scores: NDArray[np.float32]
     bonus: NDArray[np.float32]
     published_at: NDArray[np.int64]
+    acts_late: bool = False
     tokens_seen: int = 0
     steps_seen: int = 0
     publications: int = 0
@@ -102,7 +105,11 @@ class Policy:
         """Event: a step is over. Its arrays are yours to keep, not to change."""
 
     def expect(self, token: int, sequence: int) -> None:
-        """Event: this token runs next. Told between `observe` and `scores`, where it is known by then."""
+        """Event: this token makes up the step after the last one observed; told before `scores` is asked.
+
+        With `sync: true` that step waits, and the scores act on it; else it runs already, and they act on the
+        step after it (`History.acts_late`). Of a step of several tokens nothing is told.
+        """
 
     def admit(self, layer: int, experts: NDArray[np.int32]) -> None:
         """Event: these experts came into slots. In table mode told just before `observe`."""
@@ -113,7 +120,8 @@ class Policy:
     def scores(self, history: History) -> NDArray[np.float32] | None:
         """Question: what is each expert worth, shape (n_layers, max_experts)? Higher stays. None = LRU.
 
-        Asked between steps. Equal scores are decided by the last use, then by expert id.
+        Asked between steps: with `sync: true` once all steps before the one that runs next are observed, else
+        all but the last. Equal scores are decided by the last use, then by expert id.
         """
         return None
 
@@ -125,7 +133,7 @@ class Policy:
         return None
 
     def bonus(self, history: History) -> NDArray[np.float32]:
-        """Question: what does a use since this publication add to a score, in each layer?"""
+        """Question: what does a use in a step not observed yet add to a score, in each layer?"""
         return np.zeros(len(history.clock), np.float32)
 
     def victims(

@@ -16,26 +16,21 @@ MOST_ROWS = 64
 """Of a larger step only the last rows are taken in: prompts tell little about generated text."""
 
 
-_NOTHING = np.empty(0, np.intp), np.empty(0, np.intp)
-
-
 class Classifier(Policy):
     """Evict the resident expert that is least likely to be used soon, as a fitted model sees it.
 
-    The model's head is that for the nearest share of slots. Where the token about to run is told, the scores
-    are for it; else those of the last token, with the model's bonus for what it used. It goes on counting
-    what each token uses, unless `learn` is false. `fate train` fits the model.
+    The model's head is that for the nearest share of slots. With `sync: true` the scores are for the token
+    about to run; else, and where that is not told, those of the token before it, with the model's bonus for
+    what it used. It goes on counting what each token uses, unless `learn` is false. `fate train` fits the
+    model.
     """
 
-    def __init__(
-        self, *, model: str | None = None, learn: bool = True, table_mb: float = 256, late: bool = False
-    ) -> None:
+    def __init__(self, *, model: str | None = None, learn: bool = True, table_mb: float = 256) -> None:
         if not isinstance(model, str) or not model:
             raise checks.bad_value("model", model, "the path of a file that `fate train` wrote")
         self.model = model
         self.learn = checks.flag("learn", learn)
         self.table_mb = checks.number("table_mb", table_mb, above=0)
-        self.late = checks.flag("late", late)
         self._loaded: Model | None = None
 
     @classmethod
@@ -61,36 +56,37 @@ class Classifier(Policy):
         self._state = fitted.features(table_mb=self.table_mb)
         self._state.learning = self.learn
         self._table: NDArray[np.float32] | None = np.zeros(fitted.shape.table, np.float32)
-        self._kind = "late"
-        self._told = False
+        self._expected: tuple[int, int] | None = None  # the token and sequence that the inputs are for
+        self._is_over = True  # it was observed
 
     def observe(self, step: Step) -> None:
         first = max(0, step.n_tokens - MOST_ROWS)
         for i in range(first, step.n_tokens):
             token, sequence = int(step.tokens[i]), int(step.sequences[i])
             ids = step.ids[i]
-            if i == step.n_tokens - 1 and not self._told:
-                self._state.expect(token, sequence)
-                self._prepare("late")
+            if i == step.n_tokens - 1:
+                if (token, sequence) != self._expected or step.n_tokens > 1:
+                    self._prepare(token, sequence)
                 layer, rank = np.nonzero(ids >= 0)
                 self._used = layer, ids[layer, rank]
             self._state.observe(ids, token, sequence)
-        self._told = False
+        self._expected, self._is_over, self._table = None, True, None
 
     def expect(self, token: int, sequence: int) -> None:
-        self._told = True
-        self._state.expect(token, sequence)
-        self._prepare("late" if self.late else "keep")
+        self._prepare(token, sequence)
+        self._expected, self._is_over, self._table = (token, sequence), False, None
 
     def scores(self, history: History) -> NDArray[np.float32]:
         if self._table is None:  # here and not in the events: with refresh_tokens most tables are never asked
-            kind, row, squeezed, (layer, expert) = self._kind, *self._inputs, self._used
-            self._table = self._scorers[kind](row, squeezed)
-            self._table[layer, expert] += self._heads[kind].bonus[layer]
+            kind = self._kind(history)
+            self._table = self._scorers[kind](*self._inputs)
+            if self._is_over:
+                layer, expert = self._used
+                self._table[layer, expert] += self._heads[kind].bonus[layer]
         return self._table
 
     def bonus(self, history: History) -> NDArray[np.float32]:
-        return self._heads[self._kind].bonus
+        return self._heads[self._kind(history)].bonus
 
     def predict(self, step: Step, token_id: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         sequence = int(step.sequences[-1])
@@ -99,10 +95,13 @@ class Classifier(Policy):
         experts = np.argsort(-chance, axis=1, kind="stable").astype(np.int32)
         return experts, np.take_along_axis(chance, experts, axis=1)
 
-    def _prepare(self, kind: str) -> None:
+    def _kind(self, history: History) -> str:
+        return "late" if self._is_over or history.acts_late else "keep"
+
+    def _prepare(self, token: int, sequence: int) -> None:
+        self._state.expect(token, sequence)
         row, squeezed = self._asked()
-        self._kind, self._inputs, self._table = kind, (row.copy(), squeezed), None
-        self._used = _NOTHING
+        self._inputs = row.copy(), squeezed
 
     def _asked(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         assert self._loaded is not None

@@ -25,14 +25,15 @@ def check_mode(policy: Policy, mode: str, *, replay: bool = False) -> None:
     """Raise `PolicyConfigError` if the policy cannot drive an engine in this mode."""
     if policy.replay_only and not replay:
         raise PolicyConfigError(f"policy {policy_name(policy)} knows the future: it works in replay only")
-    if mode == "table" and _overrides(policy, "victims") and not _overrides(policy, "scores"):
+    if mode == "table" and overrides(policy, "victims") and not overrides(policy, "scores"):
         raise PolicyConfigError(
             f"policy {policy_name(policy)} names victims but has no scores, so it cannot run in table mode; "
             "use --fate-mode callback"
         )
 
 
-def _overrides(policy: Policy, method: str) -> bool:
+def overrides(policy: Policy, method: str) -> bool:
+    """Tell whether the policy has a method of its own."""
     return getattr(type(policy), method) is not getattr(Policy, method)
 
 
@@ -54,6 +55,9 @@ class Driver:
         "table": scores are published between steps; "callback": victims are asked for at every miss.
     refresh_tokens
         Publish only when at least so many tokens were observed since the last publication.
+    sync
+        False: what is published acts on the step after the next one to be observed. Callback mode has no such
+        delay.
     replay
         True lets policies drive that know the future.
     """
@@ -65,6 +69,7 @@ class Driver:
         mode: str = "table",
         refresh_tokens: int = 1,
         *,
+        sync: bool = True,
         replay: bool = False,
     ) -> None:
         if not isinstance(policy, Policy):
@@ -72,11 +77,13 @@ class Driver:
         self.mode = checks.choice("mode", mode, ("table", "callback"))
         self.refresh_tokens = checks.integer("refresh_tokens", refresh_tokens, minimum=1)
         check_mode(policy, mode, replay=replay)
+        self.acts_late = not checks.flag("sync", sync) and mode == "table"
+        self.expects = overrides(policy, "expect")
         self.policy = policy
         self.geometry = geometry
         self.policy_seconds = 0.0
         self._name = policy_name(policy)
-        self._tells_moves = _overrides(policy, "admit") or _overrides(policy, "drop")
+        self._tells_moves = overrides(policy, "admit") or overrides(policy, "drop")
         self.reset()
 
     def reset(self) -> None:
@@ -97,13 +104,14 @@ class Driver:
             scores=_read_only(self._scores),
             bonus=_read_only(self._bonus),
             published_at=_read_only(self._published_at),
+            acts_late=self.acts_late,
         )
         self._timed(self.policy.start, self.geometry)
 
-    def observe(self, step: Step, coming: tuple[int, int] | None = None) -> None:
-        """Take in a finished step and tell the policy. In callback mode new scores come into force here.
+    def observe(self, step: Step) -> None:
+        """Take in a finished step and tell the policy.
 
-        coming : the token that runs next and its sequence, if it is known and alone in its step
+        In callback mode new scores come into force here, or in `expect` if the policy has one.
         """
         self._stamp(step)
         self.history.tokens_seen += step.n_tokens
@@ -115,8 +123,15 @@ class Driver:
                 self._tell(self.policy.drop, step.evictions)
                 self._tell(self.policy.admit, step.fills)
         self._timed(self.policy.observe, step)
-        if coming is not None:
-            self._timed(self.policy.expect, *coming)
+        if self.mode == "callback" and not self.expects:
+            self._refresh()
+
+    def expect(self, tokens: NDArray[np.int32], sequences: NDArray[np.int32]) -> None:
+        """Take in what the step after the last one observed consists of, and tell a policy that expects."""
+        if not self.expects:
+            return
+        if len(tokens) == 1:
+            self._timed(self.policy.expect, int(tokens[0]), int(sequences[0]))
         if self.mode == "callback":
             self._refresh()
 

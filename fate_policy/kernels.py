@@ -202,7 +202,7 @@ class Simulation:
         tables, bonus
             With rule "table": the scores of each of these steps, and a new bonus for all that follow.
         fresh
-            False: the tables were published before an earlier step; uses since then have their bonus.
+            False: the tables were published before an earlier step, and so is what their maker had seen.
         """
         stop = self.routing.n_steps if stop is None else stop
         shape = (stop - self.at if self.rule == "table" else 0, *self.routing.shape)
@@ -283,7 +283,8 @@ def simulate_scores(
         float32 (n_steps, n_layers, n_experts), higher stays, or a function of (start, stop) that returns
         those of these steps; it is asked in order, `TABLE_BYTES` at a time.
     bonus
-        What a use since the publication adds. Without delay only an expert at its admission has one.
+        What a use adds that the table's maker had not seen: with delay one in the `delay` steps before, as in
+        the engine with `sync: false`; without, only that by which an expert is admitted.
     delay
         Steps by which tables act late: table t decides at step t + delay, and until the first one comes all
         scores are equal.

@@ -64,7 +64,8 @@ class State(NamedTuple):
     position : int32: where in `resident` an expert lies; -1 = absent
     resident, n_resident : int32, and int64 (n_layers,): the experts in slots, in no order
     pin : int64: the last op that needed the expert
-    clocks : int64 (2 + delay,): uses so far, then those at the start of this step and the steps before
+    clocks : int64 (3 + delay,): uses so far, then those that the scores' maker had seen, then those at the
+        start of this step and the steps before
     """
 
     position: NDArray[np.int32]
@@ -89,7 +90,7 @@ class State(NamedTuple):
             uses=np.zeros(shape),
             last_token=np.zeros(shape, np.int64),
             pin=np.full(shape, -1, np.int64),
-            clocks=np.zeros(2 + delay, np.int64),
+            clocks=np.zeros(3 + delay, np.int64),
         )
 
 
@@ -300,9 +301,10 @@ def run(
             position[:] = -1
             n_resident[:] = 0
             total = 0
+        clocks[3:] = clocks[2:-1].copy()
+        clocks[2] = clocks[0]
         if fresh:
-            clocks[2:] = clocks[1:-1].copy()
-            clocks[1] = clocks[0]
+            clocks[1] = clocks[-1]
         if decides == TABLE:
             score[:] = tables[step - begin]
         if changing:
@@ -311,7 +313,7 @@ def run(
             kinds[layer] = _path_of(start, stop, path, layer)
         for seeding in (False, True):
             # -1 = nothing can have been used since the publication
-            published = clocks[-1] if seeding or len(clocks) > 2 or not fresh else np.int64(-1)
+            published = clocks[1] if seeding or len(clocks) > 3 or not fresh else np.int64(-1)
             for layer in range(n_layers):
                 kind = kinds[layer]
                 if kind == NOT_RUN or (seeding and kind == POOL):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fate_policy import registry
 from fate_policy.base import BYPASS, NOT_RUN, POOL, STAGED, Geometry, OfflinePolicy, Policy, Step
-from fate_policy.checks import bad_value, choice, flag
+from fate_policy.checks import bad_value, choice
 from fate_policy.config import Slots
 from fate_policy.counters import Counters
 from fate_policy.driver import Driver
@@ -27,7 +27,6 @@ def replay(
     mode: str | None = None,
     sync: bool = True,
     refresh_tokens: int = 1,
-    foretell: bool = False,
 ) -> Counters:
     """Return what the engine would count on this trace.
 
@@ -42,8 +41,6 @@ def replay(
         "table" or "callback"; None: table. A policy that knows the future is always asked.
     sync
         True: scores act from the next step on, as with `sync: true`; False: one step later.
-    foretell
-        Tell the policy which token runs next before it is asked for scores, where a step is one token.
     """
     if isinstance(policy, str):
         policy = registry.get(policy)()
@@ -53,26 +50,22 @@ def replay(
     if isinstance(policy, OfflinePolicy):
         mode = "callback"
         policy.foresee(*_needs(trace, geometry, path))
-    driver = Driver(policy, geometry, mode, refresh_tokens, replay=True)
+    driver = Driver(policy, geometry, mode, refresh_tokens, sync=sync, replay=True)
     run = _Replay(geometry, driver)
-    flag("sync", sync)
     behind: Step | None = None
-    bounds = trace.step_bounds().tolist()
-    for i, (start, stop) in enumerate(pairwise(bounds)):
-        step = run.step(trace, start, stop, path[start:stop])
-        due = step if sync or mode == "callback" else behind
-        behind = step
-        if due is not None:
-            coming = bounds[i + 1 : i + 3] if due is step else [start, stop]
-            alone = foretell and np.diff(coming).tolist() == [1]
-            driver.observe(due, _token(trace, coming[0]) if alone else None)
-            if (published := driver.publish()) is not None:
-                run.publish(*published)
+    for start, stop in pairwise(trace.step_bounds().tolist()):
+        if driver.acts_late:
+            step = run.step(trace, start, stop, path[start:stop])
+            if behind is not None:
+                driver.observe(behind)
+                driver.expect(trace.tokens[start:stop], trace.sequence[start:stop])
+                run.publish()
+            behind = step
+        else:
+            driver.expect(trace.tokens[start:stop], trace.sequence[start:stop])
+            run.publish()
+            driver.observe(run.step(trace, start, stop, path[start:stop]))
     return run.counters
-
-
-def _token(trace: Trace, at: int) -> tuple[int, int]:
-    return int(trace.tokens[at]), int(trace.sequence[at])
 
 
 def geometry_of(trace: Trace, n_slots: Any = None) -> Geometry:
@@ -111,9 +104,13 @@ class _Replay:
             for n_experts, n_slots in zip(geometry.n_experts.tolist(), geometry.n_slots.tolist(), strict=True)
         ]
 
-    def publish(self, scores: NDArray[np.float32], bonus: NDArray[np.float32]) -> None:
+    def publish(self) -> None:
+        if (published := self.driver.publish()) is None:
+            return
+        scores, bonus = published
+        published_at = self.driver.history.published_at.tolist()
         for layer, table in enumerate(self.tables):
-            table.publish(scores[layer, : len(table.slot_of)], bonus[layer])
+            table.publish(scores[layer, : len(table.slot_of)], bonus[layer], published_at[layer])
 
     def step(self, trace: Trace, start: int, stop: int, path: NDArray[np.uint8]) -> Step:
         ids = trace.experts(start, stop)

@@ -25,7 +25,7 @@ def pick_victims(
     last_use: NDArray[np.int64],
     published_at: int,
 ) -> NDArray[np.int32]:
-    """Return the `n` candidates with the least (score + bonus if used since publication, last use, id).
+    """Return the `n` candidates with the least (score + bonus if used after `published_at`, last use, id).
 
     `score` and `last_use` are indexed by expert; fewer than `n` are returned if there are fewer candidates.
     """
@@ -51,10 +51,11 @@ class LayerTable:
         self.bonus = np.float32(0)
         self.published_at = 0
 
-    def publish(self, score: NDArray[np.float32], bonus: np.float32) -> None:
+    def publish(self, score: NDArray[np.float32], bonus: np.float32, published_at: int) -> None:
+        """Put scores in force; `published_at` is the clock up to which their maker had seen the uses."""
         self.score[:] = score
         self.bonus = bonus
-        self.published_at = self.clock
+        self.published_at = published_at
 
     def use(self, uses: NDArray[np.integer]) -> None:
         """Stamp the uses with the clock; the last stamp of an expert stays."""

@@ -223,8 +223,27 @@ static void ask(fate_engine * e, int l, const int32_t * needed, const int32_t * 
     }
 }
 
+// What a callback told; scores act from the next step on.
+static void put_in_force(fate_engine * e, int32_t status, const float * scores, int32_t published) {
+    if (status != FATE_STATUS_OK) {
+        e->policy_failed = 1;
+    } else if (published) {
+        memcpy(e->scores, scores, sizeof(e->scores));
+    }
+}
+
+static void expect(fate_engine * e, int32_t token, int32_t position) {
+    if (e->config.expects && !e->policy_failed) {
+        const int32_t sequence                     = 0;
+        float         scores[N_LAYERS * N_EXPERTS] = { 0 }, bonus[N_LAYERS] = { 0 };
+        int32_t       published                    = 0;
+        put_in_force(e, e->config.on_expect(e->config.user, e, 1, &token, &position, &sequence, scores, bonus, &published), scores, published);
+    }
+}
+
 // Every token is a step of its own.
 static void engine_step(fate_engine * e, int32_t token, int32_t position) {
+    expect(e, token, position);
     int32_t ids[N_LAYERS][K], fills[MAX_MOVES][2], evictions[MAX_MOVES][2], n_fills = 0, n_evictions = 0;
     float   weights[N_LAYERS][K];
     uint8_t hits[N_LAYERS][K], path[N_LAYERS];
@@ -282,11 +301,8 @@ static void engine_step(fate_engine * e, int32_t token, int32_t position) {
     };
     float   scores[N_LAYERS * N_EXPERTS] = { 0 }, bonus[N_LAYERS] = { 0 };
     int32_t published                    = 0;
-    if (e->config.on_step(e->config.user, e, &step, scores, bonus, &published) != FATE_STATUS_OK) {
-        e->policy_failed = 1;
-    } else if (published) {
-        memcpy(e->scores, scores, sizeof(scores));
-    }
+    const int32_t status = e->config.on_step(e->config.user, e, &step, scores, bonus, &published);
+    put_in_force(e, status, scores, published);
 }
 
 //

@@ -61,14 +61,14 @@ public:
     ~fate_cuda_device() override;
 
     void        reset() override;
-    void        begin(int32_t n_tokens) override;
+    std::string begin(int32_t n_tokens) override;
     void        launch(size_t layer, uint8_t path, ggml_tensor * dst, void * stream) override;
     bool        is_bulk(size_t layer, int32_t n_rows) const override;
     void        launch_bulk(size_t layer, ggml_tensor * dst, void * stream) override;
     void        launch_part(size_t layer, size_t tensor, bool next_is_bulk, void * stream) override;
     std::string end(int which) override;
     void        collect(int which, fate_record & record) override;
-    void        publish(const float * scores, int32_t stride, const float * bonus) override;
+    void        publish(const float * scores, int32_t stride, const float * bonus, bool behind) override;
     void        get_counters(std::vector<int64_t> & counters) const override;
     void        get_launches(int64_t & launches, int64_t & captures) const override;
     void        get_tables(size_t layer, std::vector<int32_t> & slot_of, std::vector<int32_t> & expert_of) const override;
@@ -261,11 +261,20 @@ void fate_cuda_device::reset() {
     last_ = -1;
 }
 
-void fate_cuda_device::begin(int32_t n_tokens) {
+std::string fate_cuda_device::begin(int32_t n_tokens) {
     n_tokens_ = n_tokens;
-    if (stream_) {
+    if (!stream_) { // nothing has run
+        return "";
+    }
+    try {
         const device_scope scope(ordinal_);
+        if (config_.wants_steps) { // layers that the step leaves out say so
+            FATE_CUDA(cudaMemsetAsync(back_.data + parts_of(0).steps, 0, layers_.size() * sizeof(fate_cuda_step), stream_));
+        }
         bulk_->begin(is_bulk(0, n_tokens), stream_);
+        return "";
+    } catch (const fate_error & e) {
+        return e.what();
     }
 }
 
@@ -350,9 +359,6 @@ std::string fate_cuda_device::end(int which) {
         const device_scope scope(ordinal_);
         const parts        p = parts_of(n_tokens_);
         FATE_CUDA(cudaMemcpyAsync(home_[which].data, back_.data, p.size, cudaMemcpyDeviceToHost, stream_));
-        if (config_.wants_steps) { // layers that a step leaves out say so
-            FATE_CUDA(cudaMemsetAsync(back_.data + p.steps, 0, layers_.size() * sizeof(fate_cuda_step), stream_));
-        }
         FATE_CUDA(cudaEventRecord(is_home_[which].handle, stream_));
         tokens_in_[which] = n_tokens_;
         last_             = which;
@@ -403,7 +409,7 @@ void fate_cuda_device::collect(int which, fate_record & record) {
     }
 }
 
-void fate_cuda_device::publish(const float * scores, int32_t stride, const float * bonus) {
+void fate_cuda_device::publish(const float * scores, int32_t stride, const float * bonus, bool behind) {
     const device_scope scope(ordinal_);
     const int          which   = static_cast<int>(n_published_++ % 2);
     const float *      on_host = nullptr;
@@ -422,7 +428,7 @@ void fate_cuda_device::publish(const float * scores, int32_t stride, const float
         on_host = reinterpret_cast<const float *>(scores_[which].data);
     }
     fate_publish<<<static_cast<unsigned>(layers_.size()), 256, 0, stream_>>>(device_layers_.data, index_.data, on_host, stride,
-                                                                             on_host ? on_host + n_all * stride : nullptr);
+                                                                             on_host ? on_host + n_all * stride : nullptr, behind);
     FATE_CUDA(cudaGetLastError());
     FATE_CUDA(cudaEventRecord(is_published_[which].handle, stream_));
     if (!stream_) {

@@ -260,9 +260,10 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_stage(const __g
 // scores
 //
 
-// One block a layer. scores[n_layers][stride] and bonus[n_layers] in mapped host memory, by index; scores null: zeros.
+// One block a layer. scores[n_layers][stride] and bonus[n_layers] in mapped host memory, by index; scores null: zeros. behind: the uses of the step at hand
+// have the bonus.
 static __global__ void fate_publish(const fate_cuda_layer * layers, const int32_t * index, const float * scores, int32_t stride,
-                                    const float * bonus) {
+                                    const float * bonus, bool behind) {
     const fate_cuda_layer & layer = layers[blockIdx.x];
     const int64_t           row   = index[blockIdx.x];
     for (int e = threadIdx.x; e < layer.n_experts; e += blockDim.x) {
@@ -270,6 +271,6 @@ static __global__ void fate_publish(const fate_cuda_layer * layers, const int32_
     }
     if (threadIdx.x == 0) {
         layer.head->bonus        = scores ? bonus[row] : 0.0f;
-        layer.head->published_at = layer.head->clock;
+        layer.head->published_at = layer.head->clock - (behind ? layer.step->n_rows * layer.k : 0);
     }
 }

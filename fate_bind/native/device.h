@@ -44,7 +44,8 @@ public:
     // Cold, counters at zero.
     virtual void reset() = 0;
 
-    virtual void begin(int32_t n_tokens)                                              = 0;
+    // What failed, "" if nothing.
+    virtual std::string begin(int32_t n_tokens)                                       = 0;
     // The launcher of a layer's op. src[0]: ids, src[2]: router weights or null. Throws fate_error.
     virtual void launch(size_t layer, uint8_t path, ggml_tensor * dst, void * stream) = 0;
 
@@ -59,8 +60,8 @@ public:
     // Waits for that step and adds its rows, pool path first, to the record.
     virtual void collect(int which, fate_record & record)                                   = 0;
 
-    // Acts behind what is enqueued. scores[n_layers][stride], by index among all layers; null: zeros.
-    virtual void publish(const float * scores, int32_t stride, const float * bonus) = 0;
+    // Acts behind what is enqueued. scores[n_layers][stride], by index among all layers; null: zeros. behind: as in fate_layer.
+    virtual void publish(const float * scores, int32_t stride, const float * bonus, bool behind) = 0;
 
     // Of the last step that was ended; [layer of this device][FATE_N_COUNTERS].
     virtual void get_counters(std::vector<int64_t> & counters) const = 0;

@@ -361,12 +361,17 @@ void fate_engine::ubatch_begin(const llama_ubatch & ubatch) {
         error_.clear();
         record_[current_].begin(static_cast<int32_t>(ubatch.n_tokens), wants_steps_ ? static_cast<int32_t>(blocks_.size()) : 0, max_k_,
                                 config_.record != 0, ubatch.token, ubatch.pos, ubatch.seq_id, ubatch.output);
-        try {
-            for (auto & device : devices_) {
-                device->begin(static_cast<int32_t>(ubatch.n_tokens));
+        for (const auto & b : blocks_) {
+            if (b->layer) {
+                b->layer->begin_step();
             }
-        } catch (const fate_error & e) {
-            error_ = e.what();
+        }
+        for (auto & device : devices_) {
+            const std::string why = device->begin(static_cast<int32_t>(ubatch.n_tokens));
+            error_                = why.empty() ? error_ : why;
+        }
+        if (sync_ && expect()) {
+            publish();
         }
     }
 }
@@ -389,21 +394,20 @@ bool fate_engine::ubatch_end(bool ok) {
     snapshot();
 
     if (wants_steps_) {
-        if (scores_due_) {
-            scores_due_ = false;
+        bool is_due = scores_due_;
+        scores_due_ = false;
+        if (sync_) {
+            is_due = deliver(current_);
+        } else if (held_back_) {
+            is_due = deliver(1 - current_);
+        }
+        if (!sync_ && steps_ > 1 && config_.expects) {
+            is_due = expect();
+        }
+        if (is_due) {
             publish();
         }
-        if (held_back_) {
-            held_back_ = false;
-            if (deliver(1 - current_)) {
-                publish();
-            }
-        }
-        if (!sync_) {
-            held_back_ = true;
-        } else if (deliver(current_)) {
-            publish();
-        }
+        held_back_ = !sync_;
     }
     current_ = 1 - current_;
     {
@@ -425,27 +429,47 @@ bool fate_engine::deliver(int32_t which) {
     if (!config_.on_step || (policy_failed_ && !config_.record)) {
         return false;
     }
+    const fate_step step = record.view();
+    const bool      published =
+        ask([&](int32_t * flag) { return config_.on_step(config_.user, this, &step, scores_.data(), bonus_.data(), flag); });
+    return published && !config_.expects;
+}
+
+// Tells what the step at hand consists of; true if the policy published scores.
+bool fate_engine::expect() {
+    if (!config_.expects || !config_.on_expect || policy_failed_) {
+        return false;
+    }
+    const fate_step step = record_[current_].view();
+    return ask([&](int32_t * flag) {
+        return config_.on_expect(config_.user, this, step.n_tokens, step.tokens, step.positions, step.sequences, scores_.data(),
+                                 bonus_.data(), flag);
+    });
+}
+
+// Runs a callback that may publish scores; true if it did.
+template <typename F> bool fate_engine::ask(F callback) {
     std::fill(scores_.begin(), scores_.end(), 0.0f);
     std::fill(bonus_.begin(), bonus_.end(), 0.0f);
-    int32_t         published = 0;
-    const fate_step step      = record.view();
-    if (config_.on_step(config_.user, this, &step, scores_.data(), bonus_.data(), &published) != FATE_STATUS_OK) {
+    int32_t published = 0;
+    if (callback(&published) != FATE_STATUS_OK) {
         fail_policy();
     }
     return published && !policy_failed_;
 }
 
+// Without sync the policy has not seen the step at hand.
 void fate_engine::publish() {
     if (policy_failed_) {
         return;
     }
     for (size_t i = 0; i < blocks_.size(); ++i) {
         if (blocks_[i]->layer) {
-            blocks_[i]->layer->publish(&scores_[i * max_experts_], bonus_[i]);
+            blocks_[i]->layer->publish(&scores_[i * max_experts_], bonus_[i], !sync_);
         }
     }
     for (auto & device : devices_) {
-        device->publish(scores_.data(), max_experts_, bonus_.data());
+        device->publish(scores_.data(), max_experts_, bonus_.data(), !sync_);
     }
 }
 
@@ -467,7 +491,7 @@ void fate_engine::fail_policy() {
     }
     for (auto & device : devices_) {
         if (!closing_) {
-            device->publish(nullptr, max_experts_, nullptr);
+            device->publish(nullptr, max_experts_, nullptr, false);
         }
     }
 }

@@ -141,10 +141,13 @@ private:
     void        settle();
     void        open();
     void        publish();
+    bool        expect();
     void        seed();
     bool        deliver(int32_t which);
     void        fail_policy();
     void        snapshot();
+
+    template <typename F> bool ask(F callback);
 
     llama_context &                      ctx_;
     std::shared_ptr<const fate_settings> settings_;

@@ -107,13 +107,19 @@ typedef struct fate_step {
 } fate_step;
 
 // Callbacks run on the thread that decodes, which need not be the one that called in. They return FATE_STATUS_OK, or another status: on_open
-// then fails the context; after any other the engine goes on as LRU and calls on_step and on_miss no more, except on_step for records.
+// then fails the context; after any other the engine goes on as LRU and calls on_step, on_expect and on_miss no more, except on_step for records.
 
 // An engine is ready, engaged or not, or was reset (fate_engine_get_info tells). Comes again after each reset.
 typedef int32_t (*fate_open_fn)(void * user, fate_engine * engine);
-// A step ended. scores[n_layers][max n_experts] and bonus[n_layers] are zero-filled; set *published to 1 to have them act from the next step on.
+// A step ended. scores[n_layers][max n_experts] and bonus[n_layers] are zero-filled; set *published to 1 to have them act from the next step on. The bonus
+// counts for experts used in a step later than the one last handed over. With `expects` scores are taken from on_expect and not from here.
 typedef int32_t (*fate_step_fn)(void * user, fate_engine * engine, const fate_step * step, float * scores, float * bonus,
                                 int32_t * published);
+// What the step after the one last handed over consists of, in arrays as in fate_step, [n_tokens]. With sync it comes just before that step runs, and the
+// scores act on that very step. Without, it comes when that step was launched (not for the first one), and they act on the step after it: nothing waits for
+// the answer. scores, bonus and published as in on_step.
+typedef int32_t (*fate_expect_fn)(void * user, fate_engine * engine, int32_t n_tokens, const int32_t * tokens, const int32_t * positions,
+                                  const int32_t * sequences, float * scores, float * bonus, int32_t * published);
 // One op of a layer missed. Write victims[n_victims]: distinct resident experts of this layer, none of needed. n_victims may be 0.
 // last_use[n_experts of the layer]: the layer's clock at each expert's last use, 0: never; at seeding the uses of the step at hand are in it.
 typedef int32_t (*fate_miss_fn)(void * user, fate_engine * engine, int32_t layer, int32_t n_needed, const int32_t * needed,
@@ -125,6 +131,7 @@ typedef struct fate_config {
     int32_t mode;    // FATE_MODE_*
     int32_t sync;    // 1: records of step t are handed over at its end, 0: one step later; callback mode is always sync
     int32_t scores;  // 1: the policy publishes scores (call on_step)
+    int32_t expects; // 1: it wants to know the tokens that come (call on_expect too)
     int32_t record;  // 1: routing is recorded (call on_step)
     int32_t require; // 1: a context that does not engage is an error, unless another one is engaged (a draft model beside the main one)
     int32_t slots_kind;
@@ -135,6 +142,7 @@ typedef struct fate_config {
     int64_t         vram_margin; // FATE_SLOTS_AUTO: bytes of each card to leave free
     fate_open_fn    on_open;     // each may be null
     fate_step_fn    on_step;
+    fate_expect_fn  on_expect;
     fate_miss_fn    on_miss;
     fate_close_fn   on_close;
     void *          user;

@@ -26,15 +26,20 @@ void fate_layer::reset() {
     std::fill(last_use_.begin(), last_use_.end(), 0);
     std::fill(counters_.begin(), counters_.end(), 0);
     table_.clock = 0;
+    began_       = 0;
     n_free_      = table_.n_slots;
     n_seed_rows_ = 0;
     forget_scores();
 }
 
-void fate_layer::publish(const float * scores, float bonus) {
+void fate_layer::begin_step() {
+    began_ = table_.clock;
+}
+
+void fate_layer::publish(const float * scores, float bonus, bool behind) {
     std::copy(scores, scores + table_.n_experts, score_.begin());
     table_.bonus        = bonus;
-    table_.published_at = table_.clock;
+    table_.published_at = behind ? began_ : table_.clock;
 }
 
 void fate_layer::forget_scores() {

@@ -49,7 +49,9 @@ public:
     // Admits what bypass() kept, oldest row first.
     void seed(bool callback, fate_layer_io & io);
 
-    void publish(const float * scores, float bonus);
+    void begin_step();
+    // behind: the scores' maker has not seen the step at hand, so that its uses have the bonus.
+    void publish(const float * scores, float bonus, bool behind);
     void forget_scores(); // back to LRU
     void reset();         // cold, counters at zero
 
@@ -80,6 +82,7 @@ private:
     std::vector<int64_t> last_use_;
     std::vector<float>   score_;
     fate_table           table_;
+    int64_t              began_; // clock at the beginning of the step
 
     std::vector<int64_t> counters_;
     std::vector<int32_t> seed_ids_; // rows kept by bypass()

@@ -23,8 +23,8 @@ struct fate_table {
     int64_t   clock;
 
     const float * score;        // [n_experts], higher means keep
-    float         bonus;        // added to experts used since the publication
-    int64_t       published_at; // clock of the last publication of scores
+    int64_t       published_at; // clock at the end of the last step that the scores' maker had seen
+    float         bonus;        // added to experts used since then
 };
 
 FATE_HOST_DEVICE inline float fate_rule_key(const fate_table & t, int32_t expert) {

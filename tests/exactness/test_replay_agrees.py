@@ -7,15 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from fate_bind.session import Session
-from fate_policy.base import Policy
+from fate_policy import assess, train
+from fate_policy.base import Geometry, History, Policy, Step
+from fate_policy.classifier import Classifier
 from fate_policy.frequency import Frequency
+from fate_policy.kernels import Routing, simulate_scores
 from fate_policy.lru import LRU
+from fate_policy.model import Model
 from fate_policy.random import Random
 from fate_policy.replay import replay
 from fate_policy.static import Static
 from fate_policy.trace import load
+from fate_policy.train import Options
 
 pytestmark = pytest.mark.model
 
@@ -41,12 +47,34 @@ def static_of(path: Path) -> Static:
     return Static(profile=str(path))
 
 
+class Telling(Policy):
+    """Evict by what the coming token says, and by a bonus that outweighs it: nobody would, but all count."""
+
+    def start(self, geometry: Geometry) -> None:
+        self.shape = geometry.n_layers, geometry.max_experts
+        self.told = [0, 0]
+
+    def observe(self, step: Step) -> None:
+        self.told[1] = int(step.tokens[-1])
+
+    def expect(self, token: int, sequence: int) -> None:
+        self.told[0] = 7 * token + sequence
+
+    def scores(self, history: History) -> NDArray[np.float32]:
+        return np.random.default_rng(self.told).random(self.shape, np.float32)
+
+    def bonus(self, history: History) -> NDArray[np.float32]:
+        return np.linspace(0, 1.5, self.shape[0], dtype=np.float32)
+
+
 POLICIES: dict[str, Callable[[Path], Policy]] = {
     "lru": lambda _: LRU(),
     "frequency": lambda _: Frequency(),
     "lfru": lambda _: Frequency(half_life_tokens=8, lfru=True),
     "random": lambda _: Random(seed=3),
     "static": static_of,
+    "telling": lambda _: Telling(),
+    "classifier": lambda path: Classifier(model=str(path.with_name("model.npz"))),
 }
 
 
@@ -55,7 +83,15 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("profile") / "trace.npz"
     with Session(args=ARGS, record=path) as session:
         drive(session)
+    fitted_on(path).save(path.with_name("model.npz"))
     return path
+
+
+def fitted_on(path: Path) -> Model:
+    small = Options(
+        sample_every=1, rank_basis=16, rank=16, n_folds=2, heads=((0.25, 4), (0.5, 8)), table_minimum=1
+    )
+    return train.fit([assess.decode_only(load(path))], small)
 
 
 @pytest.mark.parametrize("slots", [4, 10, 16, 31])
@@ -102,3 +138,26 @@ def test_recorded_weights_are_the_routers(tmp_path: Path) -> None:
     weights = np.asarray(trace.weights, np.float32)[ran]
     assert np.allclose(weights.sum(axis=-1), 1.0, atol=4e-3)  # this model normalises over its k
     assert (np.diff(weights, axis=-1) <= 0).all()
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_the_classifier_runs_as_the_lab_judges_it(sync: bool, profile: Path, tmp_path: Path) -> None:
+    """With `sync` its scores are those of the token about to run, without it those of the one before.
+
+    The engine once told no policy which token comes, so both were a token later than the lab's figures.
+    """
+    fitted, path = fitted_on(profile), tmp_path / "trace.npz"
+    with Session(args=ARGS, policy=Classifier.of(fitted), slots=8, sync=sync, record=path) as session:
+        tokens = session.tokenize(TEXT)
+        for token in tokens:
+            session.logits([token])
+        "".join(session.generate(" He", 60))
+    engine, trace = session.counters(), load(path)
+    head = fitted.head("keep" if sync else "late", 0.25)
+    tables = assess.serve(fitted, trace)[head.name]
+    tables[0] = 0  # no token's scores are asked for before one was seen; two tokens fit the slots
+    bonus, delay = (0, 0) if sync else (head.bonus, 1)
+    lab = simulate_scores(Routing.of_trace(trace), 8, tables, bonus=bonus, delay=delay)
+    assert engine.hits.tolist() == lab.counters.hits.tolist()
+    assert engine.evictions.tolist() == lab.counters.evictions.tolist()
+    assert engine.hits.sum() > 0

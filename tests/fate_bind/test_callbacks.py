@@ -59,6 +59,9 @@ class Raising(Policy):
     def observe(self, step: Step) -> None:
         self._maybe("observe")
 
+    def expect(self, token: int, sequence: int) -> None:
+        self._maybe("expect")
+
     def scores(self, history: History) -> NDArray[np.float32]:
         self._maybe("scores")
         return np.zeros(history.last_use.shape, np.float32)
@@ -104,6 +107,48 @@ def test_a_policy_sees_each_step_as_it_was(fake: Library, model: Path) -> None:
     assert sum(len(step.fills) for step in steps) == session.counters().fills.sum()
 
 
+@pytest.mark.parametrize("mode", ["table", "callback"])
+def test_each_token_is_told_before_its_step_and_decides_in_it(fake: Library, model: Path, mode: str) -> None:
+    """The token says what has to go in its own step: of those not needed the one with the least score."""
+
+    class Telling(Policy):
+        def start(self, geometry: Geometry) -> None:
+            self.told: list[int] = []
+            self.seen: list[Step] = []
+
+        def observe(self, step: Step) -> None:
+            assert self.told[-1] == step.tokens[0]
+            self.seen.append(step)
+
+        def expect(self, token: int, sequence: int) -> None:
+            assert len(self.told) == len(self.seen)
+            self.told.append(token)
+
+        def scores(self, history: History) -> NDArray[np.float32]:
+            table = np.ones(history.last_use.shape, np.float32)
+            table[:, (self.told[-1] + 1) % 8] = 0
+            return table
+
+    policy = Telling()
+    with Session(model, policy=policy, mode=mode, sync=True, record=True) as session:
+        session.logits(TOKENS)
+        counters = session.counters()
+    assert policy.told == TOKENS
+    assert replay(session.record(), Telling(), mode=mode) == counters
+    assert counters.evictions.sum() > 0
+    decided = 0
+    resident: set[int] = set()
+    for step in policy.seen:
+        favourite = (int(step.tokens[0]) + 1) % 8
+        needed = set(step.ids[0, 0].tolist())
+        gone = {expert for layer, expert in step.evictions.tolist() if layer == 0}
+        if gone and favourite in resident - needed:
+            assert favourite in gone
+            decided += 1
+        resident = resident - gone | needed
+    assert decided > 0
+
+
 def test_callback_mode_tells_drops_before_admissions(fake: Library, model: Path) -> None:
     policy = Watching()
     with Session(model, policy=policy, mode="callback") as session:
@@ -126,7 +171,7 @@ def test_lru_gives_the_same_counters_in_both_modes_and_in_replay(fake: Library, 
 
 
 @pytest.mark.parametrize("mode", ["table", "callback"])
-@pytest.mark.parametrize("where", ["observe", "scores"])
+@pytest.mark.parametrize("where", ["observe", "expect", "scores"])
 def test_an_exception_of_the_policy_reaches_the_caller_as_itself(
     fake: Library, model: Path, where: str, mode: str
 ) -> None:

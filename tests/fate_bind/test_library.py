@@ -21,8 +21,10 @@ def test_cdef_declares_every_function_of_the_header() -> None:
 
 def test_cdef_makes_a_python_callback_of_every_callback_type() -> None:
     python = _build_ffi.cdef(HEADER).partition('extern "Python"')[2]
-    assert all(f"fate_py_{name}(" in python for name in ("open", "step", "miss", "close", "interrupt"))
-    assert python.count("(") == HEADER.count("_fn)(") == 5
+    assert all(
+        f"fate_py_{name}(" in python for name in ("open", "step", "expect", "miss", "close", "interrupt")
+    )
+    assert python.count("(") == HEADER.count("_fn)(") == 6
 
 
 def test_cdef_without_marks_is_refused() -> None:

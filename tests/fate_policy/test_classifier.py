@@ -66,11 +66,10 @@ class TestClassifier(PolicyContract):
 def test_golden_counts(fitted: Model, fitted_synthetic: Model) -> None:
     """A fit may differ in its last bits between machines, so these are near, not equal."""
     hits = [
-        replay(real_trace(), Classifier.of(fitted), n_slots=8, **options).hits.sum()
-        for options in ({}, {"foretell": True})
+        replay(real_trace(), Classifier.of(fitted), n_slots=8, sync=sync).hits.sum() for sync in (False, True)
     ]
     hits.append(replay(synthetic_trace(), Classifier.of(fitted_synthetic)).hits.sum())
-    assert hits == pytest.approx([28561, 29157, 2092], rel=0.003)
+    assert hits == pytest.approx([28561, 29157, 2100], rel=0.003)
 
 
 def test_golden_counts_of_given_coefficients() -> None:
@@ -81,22 +80,29 @@ def test_golden_counts_of_given_coefficients() -> None:
         coef = np.zeros_like(head.coef)
         coef[:, model.INPUTS.index("rate_16")] = 1
         heads.append(replace(head, coef=coef, intercept=head.intercept * 0, bonus=head.bonus * 0))
-    counters = replay(real_trace(), Classifier.of(replace(made, heads=heads)), n_slots=8, foretell=True)
+    counters = replay(real_trace(), Classifier.of(replace(made, heads=heads)), n_slots=8)
     assert golden(counters) == (26893, 11507, 11507, 11315, 2816)
 
 
+class Untold(Classifier):
+    """One that does not ask which token comes."""
+
+    expect = Policy.expect
+
+
 def test_replay_asks_what_the_lab_serves(fitted: Model) -> None:
-    """Told the token, replay counts what the tables of `serve` give; untold, what they give a token late."""
+    """Replay counts what the tables of `serve` give; without sync, what they give a token late, exactly."""
     routed = real_trace()
     tables = serve(fitted, routed)
     keep, late = fitted.head("keep", 0.25), fitted.head("late", 0.25)
-    told = replay(routed, Classifier.of(fitted), n_slots=8, foretell=True)
-    untold = replay(routed, Classifier.of(fitted), n_slots=8)
+    for table in tables.values():
+        table[0] = 0  # nothing was seen, so nothing is asked; two tokens fit the slots
     routing = Routing.of_trace(routed)
-    first = tables[keep.name].copy()
-    first[0] = 0  # the first token is not told
-    assert told == simulate_scores(routing, 8, first).counters
+    synced = replay(routed, Classifier.of(fitted), n_slots=8)
+    assert synced == simulate_scores(routing, 8, tables[keep.name]).counters
     delayed = simulate_scores(routing, 8, tables[late.name], bonus=late.bonus, delay=1).counters
+    assert replay(routed, Classifier.of(fitted), n_slots=8, sync=False) == delayed
+    untold = replay(routed, Untold.of(fitted), n_slots=8)
     assert untold.hits.sum() == pytest.approx(delayed.hits.sum(), abs=3)
 
 
@@ -110,10 +116,9 @@ def test_no_look_ahead(fitted: Model) -> None:
     for name in tables[0]:
         assert np.array_equal(tables[0][name][:301], tables[1][name][:301])
     assert not np.array_equal(tables[0]["now"][301:], tables[1]["now"][301:])
-    for foretell in (False, True):
+    for sync in (False, True):
         counted = [
-            replay(one.slice(0, 300), Classifier.of(fitted), n_slots=8, foretell=foretell)
-            for one in (routed, other)
+            replay(one.slice(0, 300), Classifier.of(fitted), n_slots=8, sync=sync) for one in (routed, other)
         ]
         assert counted[0] == counted[1]
 
@@ -123,7 +128,8 @@ def test_predict_ranks_and_changes_nothing(fitted: Model) -> None:
     policy = Classifier.of(fitted)
     driver = Driver(policy, geometry_of(routed, 8))
     step = make_step(routed.experts(0, 1))
-    driver.observe(step, (5, 0))
+    driver.observe(step)
+    driver.expect(np.array([5], np.int32), np.array([0], np.int32))
     before = policy.scores(driver.history).copy()
     experts, chances = policy.predict(step, 7)
     assert experts.shape == chances.shape == (24, 32)

@@ -90,6 +90,50 @@ def test_callback_mode_has_nothing_to_publish() -> None:
     assert driver.history.published_at.tolist() == driver.history.clock.tolist()
 
 
+class Expects(Answers):
+    """Ask which token comes."""
+
+    def expect(self, token: int, sequence: int) -> None:
+        self.events.append((token, sequence))
+
+
+def columns(*rows: tuple[int, int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    tokens, sequences = np.array(rows, np.int32).T
+    return tokens, sequences
+
+
+def test_a_token_alone_in_its_step_is_told_before_scores_are_asked() -> None:
+    driver = Driver(Expects(scores=np.ones((3, 16))), SYNTHETIC)
+    driver.observe(STEP)
+    driver.expect(*columns((7, 2)))
+    assert driver.publish() is not None
+    driver.observe(STEP)
+    driver.expect(*columns((7, 2), (8, 3)))
+    assert driver.policy.events == ["start", "observe", (7, 2), "observe"]  # type: ignore[attr-defined]
+
+
+def test_in_callback_mode_scores_come_into_force_once_the_token_is_told() -> None:
+    driver = Driver(Expects(scores=np.ones((3, 16))), SYNTHETIC, "callback")
+    driver.observe(STEP)
+    assert driver.history.publications == 0
+    driver.expect(*columns((7, 2)))
+    assert driver.history.publications == 1
+
+
+def test_a_policy_that_does_not_expect_is_told_nothing() -> None:
+    driver = Driver(Answers(scores=np.ones((3, 16))), SYNTHETIC)
+    assert not driver.expects
+    driver.expect(*columns((7, 2)))
+    assert driver.policy.events == ["start"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("mode", "sync", "late"), [("table", False, True), ("table", True, False), ("callback", False, False)]
+)
+def test_policies_know_when_their_scores_act(mode: str, sync: bool, late: bool) -> None:
+    assert Driver(Policy(), SYNTHETIC, mode, sync=sync).history.acts_late is late
+
+
 @pytest.mark.parametrize(
     ("scores", "fault"),
     [

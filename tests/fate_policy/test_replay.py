@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from policy_contract import SYNTHETIC, golden, real_trace, synthetic_trace, tiny
 
 from fate_policy import trace
 from fate_policy.base import POOL, STAGED, History, Policy, Step
 from fate_policy.errors import PolicyConfigError, TraceError
 from fate_policy.frequency import Frequency
+from fate_policy.kernels import Routing, simulate_scores
 from fate_policy.replay import geometry_of, replay
 
 
@@ -103,6 +105,37 @@ def test_scores_act_one_step_later_without_sync(sync: bool, evicted: list[list[i
     # the batch brings 0 and 1 in, the next step needs a slot: with sync the scores of the first step decide
     replay(tiny([[0], [1], [2], [3], [4]], [0, 0, 1, 2, 3], 5, 2), Both(), sync=sync)
     assert spied[1] == evicted
+
+
+class Told(Policy):
+    """Score by the token told, with a bonus."""
+
+    def __init__(self, tables: NDArray[np.float32], bonus: NDArray[np.float32]) -> None:
+        self.tables, self.extra, self.token = tables, bonus, 0
+
+    def expect(self, token: int, sequence: int) -> None:
+        self.token = token
+
+    def scores(self, history: History) -> NDArray[np.float32]:
+        return self.tables[self.token]
+
+    def bonus(self, history: History) -> NDArray[np.float32]:
+        return self.extra
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_the_bonus_is_for_uses_that_the_scores_had_not_seen(sync: bool) -> None:
+    """Without sync those of the token at hand; this once counted from after it, so that none had a bonus."""
+    routed = real_trace()
+    routed = replace(routed, token_id=np.arange(routed.n_tokens, dtype=np.int32))
+    rng = np.random.default_rng(0)
+    tables = rng.random((routed.n_tokens, 24, 32), np.float32)
+    tables[0] = 0  # the first token's are not asked for; two tokens fit the slots
+    bonus = rng.random(24, np.float32)
+    got = replay(routed, Told(tables, bonus), n_slots=8, sync=sync)
+    late = {} if sync else {"bonus": bonus, "delay": 1}
+    assert got == simulate_scores(Routing.of_trace(routed), 8, tables, **late).counters
+    assert got != replay(routed, Told(tables, 0 * bonus), n_slots=8, sync=sync) or sync
 
 
 def test_fewer_slots_bypass_what_no_longer_fits() -> None:

@@ -62,6 +62,7 @@ def naive_counts(
     published = 0
     for number, (start, stop) in enumerate(pairwise(bounds)):
         to_seed: list[tuple[int, list[list[int]]]] = []
+        began = [layer.clock for layer in layers]
         for index, layer in enumerate(layers):
             rows, kind = [], NOT_RUN
             for token in range(start, stop):
@@ -98,7 +99,7 @@ def naive_counts(
             for index, layer in enumerate(layers):
                 layer.score = {e: scores[index, e] for e in layer.score}
                 layer.bonus = bonus[index]
-                layer.published_at = layer.clock
+                layer.published_at = layer.clock if sync else began[index]
     counts["fills"] = [len(layer.fills) for layer in layers]
     counts["evictions"] = [len(layer.evictions) for layer in layers]
     return counts
@@ -160,9 +161,10 @@ def test_layer_table_places_as_the_slow_rule(n_slots: int) -> None:
         assert table.expert_of[table.slot_of[residents]].tolist() == residents.tolist()
         if rng.random() < 0.3:
             scores = rng.integers(0, 3, 16).astype(np.float32)
-            table.publish(scores, np.float32(1))
+            seen = naive.clock - int(rng.integers(0, 3))
+            table.publish(scores, np.float32(1), seen)
             naive.score = dict(enumerate(scores))
-            naive.bonus, naive.published_at = np.float32(1), naive.clock
+            naive.bonus, naive.published_at = np.float32(1), seen
 
 
 def test_equal_keys_go_by_last_use_then_id() -> None:

@@ -76,7 +76,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
             for (float & score : scores) {
                 score = nasty[input.next() % 8];
             }
-            layer.publish(scores.data(), nasty[input.next() % 8]);
+            layer.publish(scores.data(), nasty[input.next() % 8], what & 8);
         } else if (what % 64 == 1) {
             layer.reset();
             io.expert_in.assign(n_slots, -1);
@@ -88,6 +88,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
             }
             const fate_ids ids      = { reinterpret_cast<const char *>(flat.data()), static_cast<int64_t>(k * sizeof(int32_t)), n_rows, k };
             const bool     callback = what & 128;
+            layer.begin_step();
             if (n_rows * k <= n_slots) {
                 std::vector<int32_t> slots(flat.size());
                 std::vector<uint8_t> hits(flat.size());

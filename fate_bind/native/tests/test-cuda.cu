@@ -114,6 +114,7 @@ static void run(const shape & s, int n_steps, uint32_t seed) {
         const fate_ids       twin_ids = { reinterpret_cast<const char *>(rows.data()), stride * 4, n_rows, s.k };
         const bool           pooled   = n_rows * s.k <= s.n_slots;
         std::vector<int32_t> twin_slots(n_rows * s.k);
+        twin.begin_step();
         std::vector<uint8_t> twin_hits(n_rows * s.k);
         silent_io            io;
 
@@ -194,8 +195,9 @@ static void run(const shape & s, int n_steps, uint32_t seed) {
                 scores[e] = static_cast<float>(random() % 4);
             }
             scores[s.n_experts] = static_cast<float>(random() % 3);
-            fate_publish<<<1, 256>>>(layers, index, scores, s.n_experts, scores + s.n_experts);
-            twin.publish(scores, scores[s.n_experts]);
+            const bool behind   = step % 2;
+            fate_publish<<<1, 256>>>(layers, index, scores, s.n_experts, scores + s.n_experts, behind);
+            twin.publish(scores, scores[s.n_experts], behind);
             FATE_CUDA(cudaDeviceSynchronize());
         }
     }

@@ -97,7 +97,7 @@ static void test_used_experts_are_no_victims() {
                 { 0, 1 }
     });
     scores[0] = -5.0f; // the lowest score, but in use below
-    layer.publish(scores.data(), 0.0f);
+    layer.publish(scores.data(), 0.0f, false);
     resolve(layer, io,
             {
                 { 0, 2 }
@@ -113,11 +113,27 @@ static void test_bonus_only_after_publication() {
     resolve(layer, io, { { 0 } });
     resolve(layer, io, { { 1 } });
     scores[0] = 0.5f;
-    layer.publish(scores.data(), 1.0f);
+    layer.publish(scores.data(), 1.0f, false);
     resolve(layer, io, { { 1 } }); // 1: 0 + bonus, 0: 0.5
     resolve(layer, io, { { 2 } });
     CHECK(layer.table().slot_of[0] == -1);
     CHECK(layer.table().slot_of[1] >= 0);
+}
+
+static void test_scores_that_have_not_seen_the_step_give_its_uses_the_bonus() {
+    for (const bool behind : { false, true }) {
+        fate_layer         layer(8, 1, 2, 10);
+        fake_io            io;
+        std::vector<float> scores(8, 0.0f);
+        scores[0] = 0.5f;
+        resolve(layer, io, { { 0 } });
+        layer.begin_step();
+        resolve(layer, io, { { 1 } });
+        layer.publish(scores.data(), 1.0f, behind);
+        resolve(layer, io, { { 2 } });
+        CHECK((layer.table().slot_of[1] >= 0) == behind); // 1: 0, or 0 + bonus; 0: 0.5
+        CHECK((layer.table().slot_of[0] >= 0) != behind);
+    }
 }
 
 static void test_repeated_expert_of_a_batch_is_a_miss_once() {
@@ -211,14 +227,17 @@ static void test_random_steps(uint32_t seed) {
                     row.push_back(expert);
                 }
             }
+            const int64_t began = expected.clock;
+            layer.begin_step();
             CHECK(resolve(layer, io, rows) == expected.step(rows));
             if (random() % 3 == 0) {
+                const bool behind = random() % 2;
                 for (float & score : expected.score) {
                     score = static_cast<float>(random() % 4); // ties matter
                 }
                 expected.bonus        = static_cast<float>(random() % 3);
-                expected.published_at = expected.clock;
-                layer.publish(expected.score.data(), expected.bonus);
+                expected.published_at = behind ? began : expected.clock;
+                layer.publish(expected.score.data(), expected.bonus, behind);
             }
         }
         const auto & counters = layer.counters();
@@ -238,6 +257,7 @@ int main(int argc, char ** argv) {
     test_worst_rank_is_the_older_use();
     test_used_experts_are_no_victims();
     test_bonus_only_after_publication();
+    test_scores_that_have_not_seen_the_step_give_its_uses_the_bonus();
     test_repeated_expert_of_a_batch_is_a_miss_once();
     test_answers_are_checked_again();
     test_good_answers_are_taken();
