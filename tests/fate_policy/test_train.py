@@ -9,7 +9,7 @@ import pytest
 from policy_contract import DATA, real_trace, synthetic_trace
 
 from fate_policy import assess, cli, config, data, model, trace, train
-from fate_policy.errors import FateError, TraceError
+from fate_policy.errors import FateError, PolicyConfigError, TraceError
 from fate_policy.kernels import Routing, simulate
 from fate_policy.replay import replay
 from fate_policy.train import FAR, next_uses, uses
@@ -58,6 +58,9 @@ def test_any_classifier_of_sklearn_fits_and_comes_back(tmp_path: Path) -> None:
     short = synthetic_trace().slice(0, 30)
     first, second = (assess.serve(one, short)["now"] for one in (fitted, read))
     np.testing.assert_allclose(first, second, atol=0.2)
+    replace(fitted, meta={**fitted.meta, "sklearn": "0.1"}).save(tmp_path / "m.npz")
+    with pytest.raises(PolicyConfigError, match=r"was fitted with scikit-learn 0\.1, and this is"):
+        model.load(tmp_path / "m.npz")
 
 
 def test_only_some_prompts() -> None:
