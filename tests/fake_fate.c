@@ -172,6 +172,11 @@ int32_t fate_engine_check(const fate_engine * e) {
     return FATE_STATUS_OK;
 }
 
+int32_t fate_engine_seek_routing(fate_engine * e, int64_t row) {
+    (void) e;
+    return row >= 0 ? FATE_STATUS_OK : FATE_STATUS_INVALID;
+}
+
 int32_t fate_engine_flush(fate_engine * e) {
     (void) e;
     return FATE_STATUS_OK;

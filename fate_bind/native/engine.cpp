@@ -237,8 +237,18 @@ void fate_engine::open_routers() {
         if (!b->router) {
             devs.push_back(b->dev);
             routers_.push_back(fate_router_open(b->dev, routing_));
-            b->router = routers_.back().get();
+            b->router          = routers_.back().get();
+            b->is_first_routed = true;
         }
+    }
+}
+
+void fate_engine::seek_routing(int64_t row) {
+    if (routers_.empty() || row < 0) {
+        throw fate_error(FATE_STATUS_INVALID, routers_.empty() ? "no routing is replayed here" : "a negative row");
+    }
+    for (auto & router : routers_) {
+        router->seek(row);
     }
 }
 

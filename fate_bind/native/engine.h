@@ -57,6 +57,7 @@ struct fate_engine final : llama_engine_i {
     void run(int32_t layer, uint8_t path, ggml_tensor * dst);
 
     void      flush();
+    void      seek_routing(int64_t row);
     void      check() const;
     fate_info info() const;
     void      get_counters(int64_t * out, size_t n) const;
@@ -83,22 +84,23 @@ private:
         std::vector<ggml_tensor *>  sources; // what is indexed by expert
         int32_t                     n_experts;
         int32_t                     k;
-        std::string                 refused;              // why it cannot be served, "" if it can
-        ggml_backend_dev_t          dev;                  // that runs the layer, null: the CPU
-        int32_t                     n_slots  = 0;         // 0: not engaged
-        bool                        is_whole = false;     // every expert is on the GPU
-        int32_t                     max_rows = INT32_MAX; // of the pool path
-        std::unique_ptr<fate_layer> layer;                // engaged on the CPU
-        fate_device *               device = nullptr;     // engaged on a GPU
-        size_t                      at     = 0;           // its place there
-        fate_router *               router = nullptr;     // routing replay
+        std::string                 refused;                   // why it cannot be served, "" if it can
+        ggml_backend_dev_t          dev;                       // that runs the layer, null: the CPU
+        int32_t                     n_slots  = 0;              // 0: not engaged
+        bool                        is_whole = false;          // every expert is on the GPU
+        int32_t                     max_rows = INT32_MAX;      // of the pool path
+        std::unique_ptr<fate_layer> layer;                     // engaged on the CPU
+        fate_device *               device          = nullptr; // engaged on a GPU
+        size_t                      at              = 0;       // its place there
+        fate_router *               router          = nullptr; // routing replay
+        bool                        is_first_routed = false;   // of its router's layers
         op                          pool_op;
-        op                          other_op;             // staged on a GPU, bypassed on the CPU
+        op                          other_op;                  // staged on a GPU, bypassed on the CPU
         op                          route_op;
-        op                          bulk_op;              // staged on a GPU, with an op for each large tensor
-        std::vector<op>             part_ops;             // by tensor
-        bool                        is_bulk = false;      // in the newest graph
-        const block *               next    = nullptr;    // on the same GPU
+        op                          bulk_op;                   // staged on a GPU, with an op for each large tensor
+        std::vector<op>             part_ops;                  // by tensor
+        bool                        is_bulk = false;           // in the newest graph
+        const block *               next    = nullptr;         // on the same GPU
     };
 
     friend class fate_engine_io;

@@ -173,7 +173,8 @@ FATE_API const char * fate_system_info(void); // llama.cpp's backends and CPU fe
 FATE_API int32_t fate_configure(const fate_config * config);
 
 // For benchmarks: contexts made from now on while FATE is configured take the expert ids of their tokens from ids[n_tokens][n_layers][k], one row a token,
-// over and over, instead of from the router, whether they engage or not. null: no longer. Copied; ids are distinct within a token and below n_experts.
+// over and over, instead of from the router, whether they engage or not; a last layer that sees a step's wanted tokens only takes them for its last ones.
+// null: no longer. Copied; ids are distinct within a token and below n_experts.
 FATE_API int32_t fate_replay_routing(const int32_t * ids, int32_t n_tokens, int32_t n_layers, int32_t k);
 
 // Any thread, between on_open and the return of on_close. Counters are those of the last finished step.
@@ -182,6 +183,8 @@ FATE_API int32_t fate_engine_get_counters(const fate_engine * engine, int64_t * 
                                           size_t n_counters);
 // Hands over the record that is held back without sync, so that nothing is missing from what was recorded. Decode thread.
 FATE_API int32_t fate_engine_flush(fate_engine * engine);
+// Of a context that replays routing: its next step takes the rows from this one on. Decode thread, no step under way.
+FATE_API int32_t fate_engine_seek_routing(fate_engine * engine, int64_t row);
 // Checks invariants 2 and 3 over all layers: slot_of and expert_of are inverse maps and every resident expert's bytes are those of the model. Decode thread.
 FATE_API int32_t fate_engine_check(const fate_engine * engine);
 

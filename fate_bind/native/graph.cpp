@@ -237,8 +237,8 @@ ggml_tensor * fate_engine::add_op(ggml_context * ctx0, int64_t k, int64_t n_rows
 }
 
 void fate_engine::route(const op & self, ggml_tensor * dst, void * stream) {
-    const auto & blocks = self.engine->blocks_;
-    blocks[self.layer]->router->launch(self.layer, self.layer + 1 == static_cast<int32_t>(blocks.size()), dst, stream);
+    const block & b = *self.engine->blocks_[self.layer];
+    b.router->launch(self.layer, b.is_first_routed, dst, stream);
 }
 
 // Called by the backend, through which nothing may be thrown.

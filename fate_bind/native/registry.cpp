@@ -141,6 +141,10 @@ int32_t fate_engine_flush(fate_engine * engine) {
     return fate_guard(FATE_STATUS_POLICY, [&] { engine->flush(); });
 }
 
+int32_t fate_engine_seek_routing(fate_engine * engine, int64_t row) {
+    return fate_guard(FATE_STATUS_INVALID, [&] { engine->seek_routing(row); });
+}
+
 int32_t fate_engine_check(const fate_engine * engine) {
     return fate_guard(FATE_STATUS_INVALID, [&] { engine->check(); });
 }

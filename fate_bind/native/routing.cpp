@@ -33,21 +33,25 @@ class host_router final : public fate_router {
 public:
     explicit host_router(std::shared_ptr<const fate_routing> routing) : routing_(std::move(routing)) {}
 
-    void launch(int32_t layer, bool is_last, ggml_tensor * dst, void *) override {
+    void launch(int32_t layer, bool is_first, ggml_tensor * dst, void *) override {
         const fate_routing & r   = *routing_;
         int32_t *            out = static_cast<int32_t *>(dst->data);
+        if (is_first) {
+            end_ += dst->ne[1];
+        }
         for (int64_t row = 0; row < dst->ne[1]; ++row) {
-            const int64_t token = (position_ + row) % r.n_tokens;
+            const int64_t token = (end_ - dst->ne[1] + row) % r.n_tokens;
             for (int64_t rank = 0; rank < dst->ne[0]; ++rank) {
                 out[row * dst->ne[0] + rank] = r.ids[(token * r.n_layers + layer % r.n_layers) * r.k + rank];
             }
         }
-        position_ += is_last ? dst->ne[1] : 0;
     }
+
+    void seek(int64_t row) override { end_ = row; }
 
 private:
     std::shared_ptr<const fate_routing> routing_;
-    int64_t                             position_ = 0;
+    int64_t                             end_ = 0; // of the step's tokens
 };
 
 std::unique_ptr<fate_router> fate_router_open(ggml_backend_dev_t dev, const std::shared_ptr<const fate_routing> & routing) {

@@ -18,12 +18,16 @@ struct fate_routing {
 // null: none
 std::shared_ptr<const fate_routing> fate_current_routing();
 
-// Writes one layer's ids to dst, [k, n_rows]; the last layer of a step moves on. One object a context, used by its graph only.
+// Writes one layer's ids to dst, [k, n_rows]; the first layer of a step moves on by all its tokens, a last layer that sees fewer rows gets the last ones.
+// One object a device and context, used by its graph only.
 class fate_router {
 public:
     virtual ~fate_router() = default;
 
-    virtual void launch(int32_t layer, bool is_last, ggml_tensor * dst, void * stream) = 0;
+    virtual void launch(int32_t layer, bool is_first, ggml_tensor * dst, void * stream) = 0;
+
+    // The next step starts at this row.
+    virtual void seek(int64_t row) = 0;
 };
 
 // dev null: the CPU. Throws fate_error.

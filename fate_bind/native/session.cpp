@@ -2,6 +2,7 @@
 #include "arg.h"
 #include "common.h"
 #include "engine.h"
+#include "fit.h"
 #include "status.h"
 
 #include "llama-context.h"
@@ -48,6 +49,7 @@ static fate_error llama_error(int32_t status, const std::string & what) {
 
 struct fate_model {
     common_params                       params;
+    llama_context_params                cparams;
     llama_model_ptr                     model;
     std::vector<llama_adapter_lora_ptr> loras;
 
@@ -74,8 +76,14 @@ int32_t fate_model_open(int32_t argc, char ** argv, fate_model ** model) {
         if (!common_params_parse(argc, argv, m->params, LLAMA_EXAMPLE_COMPLETION)) {
             throw fate_error(FATE_STATUS_INVALID, "llama.cpp does not take these flags (its message is above)");
         }
-        common_params & params = m->params;
-        m->model.reset(llama_model_load_from_file(params.model.path.c_str(), common_model_params_to_llama(params)));
+        common_params &    params  = m->params;
+        llama_model_params mparams = common_model_params_to_llama(params);
+        m->cparams                 = common_context_params_to_llama(params);
+        if (params.fit_params && llama_supports_gpu_offload()) { // as llama.cpp's programs do
+            common_fit_params(params.model.path.c_str(), &mparams, &m->cparams, params.tensor_split, params.tensor_buft_overrides.data(),
+                              params.fit_params_target.data(), params.fit_params_min_ctx, nullptr, GGML_LOG_LEVEL_ERROR);
+        }
+        m->model.reset(llama_model_load_from_file(params.model.path.c_str(), mparams));
         if (!m->model) {
             throw llama_error(FATE_STATUS_MODEL, fate_format("cannot load model '%s'", params.model.path.c_str()));
         }
@@ -171,7 +179,7 @@ int32_t fate_context_open(fate_model * model, int32_t engine, fate_context ** co
         c->model = model;
         {
             std::unique_ptr<fate_no_engine> off(engine ? nullptr : new fate_no_engine);
-            c->ctx.reset(llama_init_from_model(model->model.get(), common_context_params_to_llama(model->params)));
+            c->ctx.reset(llama_init_from_model(model->model.get(), model->cparams));
         }
         if (!c->ctx) {
             if (const int32_t status = fate_take_refusal(refusal)) {
