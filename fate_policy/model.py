@@ -128,7 +128,7 @@ def load(path: str | Path) -> Model:
         meta = json.loads(str(arrays["meta"]))
         if meta["format"] != FORMAT or meta["version"] != VERSION:
             raise fail(f"is {meta['format']!r} version {meta['version']!r}, not {FORMAT!r} {VERSION}")
-        checked = [("features", meta["inputs"], list(INPUTS))]
+        checked: list[tuple[str, Any, Any]] = [("features", meta["inputs"], list(INPUTS))]
         if any(name.endswith("_estimators") for name in arrays):  # coefficients are read without it
             checked.append(("scikit-learn", meta["sklearn"], version("scikit-learn")))
         for what, found, expected in checked:

@@ -1,4 +1,4 @@
-"""Routing replay, for benchmarks: every token takes the experts of its row, prompts and single tokens alike."""
+"""Routing replay, for benchmarks: every token takes the experts of its row, in prompts and alone."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_rows_follow_the_tokens(table: NDArray[np.int32], tmp_path: Path) -> Non
         session.decode([7])
         session.decode(range(31), outputs=[False] * 31)
         session.decode([8])
-        ffi, lib = library.load()
+        lib = library.load().lib
         library.check(lib.fate_engine_seek_routing(lib.fate_context_engine(session._context), 5))
         session.decode([9])
     trace = load(path)

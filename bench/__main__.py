@@ -1,0 +1,132 @@
+"""`python -m bench`: models, routing, groups of arms, one table, one plot. See README.md beside this file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench import models, provenance, report
+from bench.groups import GROUPS, Group
+from bench.models import SHAPES, Models
+from bench.routing import as_trace, routing
+from bench.runner import Plan, Run
+
+FIT_TOKENS = 6000
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=(__doc__ or "").split(":")[0])
+    parser.add_argument("--out", type=Path, default=Path("bench-results"), help="results of all groups")
+    parser.add_argument("--group", nargs="+", choices=sorted(GROUPS), metavar="NAME", help="only these")
+    parser.add_argument("--list", action="store_true", help="print groups and arms, run nothing")
+    parser.add_argument(
+        "--report", action="store_true", help="table and plot of what is in --out, run nothing"
+    )
+    parser.add_argument(
+        "--prepare", action="store_true", help="fit the classifiers into --prepared; needs scikit-learn"
+    )
+    parser.add_argument("--prepared", type=Path, default=Path("bench-prepared"), help="what --prepare made")
+    parser.add_argument("--models", type=Path, default=Path("/tmp/fate-bench"), help="generated models")
+    parser.add_argument("--traces", type=Path, help="folder of traces; by default those shipped")
+    parser.add_argument("--trace", default="gptoss20b_stem", help="whose routing is replayed")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of each group, opening included")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=256, help="timed in each round")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="instead of the group's")
+    parser.add_argument("--prompts", type=int, nargs="*", help="lengths instead of the group's")
+    parser.add_argument("--kv", help="KV cache type of all arms, such as q8_0")
+    parser.add_argument(
+        "--throttle", type=float, metavar="GB/s", help="fills of our arms, as on a slower link"
+    )
+    parser.add_argument("--threads", type=int, help="of vanilla arms; default: what the tuning group found")
+    parser.add_argument("--load", choices=["mmap", "pinned", "repack"], help="of vanilla arms, likewise")
+    parser.add_argument("--again", action="store_true", help="run groups that are complete, too")
+    parser.add_argument("--dry-run", action="store_true", help="embedded model, a few tokens; needs no GPU")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments().parse_args(argv)
+    if args.list:
+        for group in GROUPS.values():
+            print(f"{group.name}: {' '.join(arm.name for arm in group.arms())}")
+        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.prepare:
+        _prepare(args)
+        return 0
+    failed = False
+    if not args.report:
+        plan = Plan(args.rounds, args.tokens, args.minutes, prompts=args.prompts)
+        names = args.group or list(GROUPS)
+        if args.dry_run:
+            plan = replace(plan, rounds=2, tokens=8, pool_warm_up=16, prompts=(16, 32))
+            names = args.group or ["tiny"]
+        for name in names:
+            failed = not _run(GROUPS[name], plan, args) or failed
+    print(report.write(args.out))
+    return int(failed)
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    """Fit a classifier for each shape on the first half of the trace, routed as the bench routes."""
+    from fate_policy import train
+
+    args.prepared.mkdir(parents=True, exist_ok=True)
+    for name in sorted({GROUPS[group].model for group in args.group or GROUPS}):
+        began = time.monotonic()
+        shape = SHAPES[name]
+        made = routing(shape, args.trace, args.traces, part="fit")
+        fitted = train.fit(
+            [as_trace(made, shape).slice(0, FIT_TOKENS)], train.Options(sample_every=8, n_folds=2)
+        )
+        path = args.prepared / f"classifier-{name}-{shape.n_layers}.npz"
+        fitted.save(path)
+        print(f"{path}: fitted in {time.monotonic() - began:.0f} s", flush=True)
+
+
+def _run(group: Group, plan: Plan, args: argparse.Namespace) -> bool:
+    """Run one group unless its result is there already; say whether it is complete."""
+    began = time.monotonic()
+    done = args.out / f"{group.name}.json"
+    if done.exists() and not args.again and json.loads(done.read_text(encoding="utf-8"))["is_complete"]:
+        print(f"{group.name}: complete in {done}", flush=True)
+        return True
+    if args.arms:
+        group = replace(group, names=args.arms)
+    shape, model = Models(args.models).get(group.model)
+    print(f"{time.monotonic() - began:6.1f} s  {group.name}  model {model}", flush=True)
+    made = routing(shape, args.trace, args.traces)
+    table = args.out / f"routing-{group.model}.npz"
+    np.savez(table, ids=made.ids, tokens=made.tokens)
+    print(f"{time.monotonic() - began:6.1f} s  {group.name}  routing {made.source['way']}", flush=True)
+    settings: dict[str, Any] = _tuned(args.out, group)
+    given = {"kv": args.kv, "throttle": args.throttle, "threads": args.threads, "load": args.load}
+    settings |= {key: value for key, value in given.items() if value is not None}
+    settings["classifier"] = str((args.prepared / f"classifier-{group.model}-{shape.n_layers}.npz").resolve())
+    run = Run(group, shape, model, table, made.source, settings, plan, args.out, began)
+    run.result["provenance"] = provenance.collect()
+    run.result["model"]["sha256_of_samples"] = models.fingerprint(model)
+    return bool(run.run()["is_complete"])
+
+
+def _tuned(out: Path, group: Group) -> dict[str, Any]:
+    """Return threads and way to load of the fastest vanilla arm of the model's tuning group, if it ran."""
+    path = out / f"{group.model}-tune.json"
+    if group.tunes or not path.exists():
+        return {}
+    arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
+    ran = [arm for arm in arms.values() if arm["rounds"]]
+    best = max(ran, key=lambda arm: report.speed(arm) or 0.0, default=None)
+    return {} if best is None else {"threads": best["threads"], "load": best["load"], "is_tuned": True}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""What is measured against what: an arm's name, its flags, its place in the comparison."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from bench.models import Shape
+
+VANILLA = ("cpu-moe", "stream", "fit", "ncmoe")
+SAME_VRAM = ("fit", "ncmoe")
+OURS = ("lru", "frequency", "classifier", "callback", "python-lru")
+CONTEXT, UBATCH = 4096, 2048
+LOADS = {
+    "mmap": ["--load-mode", "mmap"],
+    "pinned": ["--load-mode", "none"],  # experts in page-locked memory
+    "repack": ["--load-mode", "mmap", "--no-host"],  # without it a GPU's host buffer goes before repacking
+}
+ALL_BUT_ONE = "all-but-one"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to run the model.
+
+    name : as in tables, such as "resident", "lru@50", "ncmoe@25", "cpu-moe:load=repack,t=8"
+    at : share of the experts in slots, in percent, or "all-but-one"; "" where that says nothing
+    options : "load" (see `LOADS`) and "t" (threads) of a vanilla arm
+    """
+
+    name: str
+    kind: str
+    at: str = ""
+    options: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_vanilla(self) -> bool:
+        return self.kind in VANILLA
+
+    @property
+    def is_ours(self) -> bool:
+        return self.kind in OURS
+
+    def slots(self, shape: Shape) -> int:
+        if self.at == ALL_BUT_ONE:
+            return shape.n_experts - 1
+        return int(shape.n_experts * float(self.at) / 100)
+
+
+def parse(name: str) -> Arm:
+    head, _, options = name.partition(":")
+    kind, _, at = head.partition("@")
+    if kind not in ("resident", "off", *VANILLA, *OURS):
+        raise ValueError(f"arm {name!r}: expected resident, off, {', '.join((*VANILLA, *OURS))}")
+    if (at == "") == (kind in (*SAME_VRAM, *OURS)):
+        raise ValueError(f"arm {name!r}: @PERCENT or @{ALL_BUT_ONE} belongs to {', '.join(SAME_VRAM + OURS)}")
+    return Arm(name, kind, at, dict(pair.split("=", 1) for pair in options.split(",") if pair))
+
+
+def job(arm: Arm, shape: Shape, settings: dict[str, Any], place: dict[str, Any]) -> dict[str, Any]:
+    """Return what a worker needs to open the arm.
+
+    Parameters
+    ----------
+    settings
+        "kv", "threads", "load", "throttle", "classifier", "extra" of the group.
+    place
+        What equal VRAM asks for: "n_cpu_moe" of an ncmoe arm, "vram_bytes" of a fit arm.
+    """
+    flags = ["-c", str(CONTEXT), "-b", str(UBATCH), "-ub", str(UBATCH)]
+    if settings.get("kv"):
+        flags += ["-fa", "on", "-ctk", settings["kv"], "-ctv", settings["kv"]]
+    flags += settings.get("extra", [])
+    made: dict[str, Any] = {"env": {}, "policy": "lru", "slots": "100%", "mode": "table", "place": False}
+    threads = arm.options.get("t") or settings.get("threads") or (os.cpu_count() or 1)
+    load = arm.options.get("load") or settings.get("load") or "mmap"
+    if arm.is_vanilla:
+        flags += ["-t", str(threads)]
+        if arm.kind == "stream":
+            made["env"] = {"GGML_OP_OFFLOAD_MIN_BATCH": "1"}
+            load = "pinned"  # a copy from pageable memory is a third as fast
+        flags += LOADS[load]
+        made["load"], made["threads"] = load, int(threads)
+    if arm.kind == "resident":
+        flags += ["-ngl", "999", "-fit", "off"]
+    elif arm.kind in ("cpu-moe", "stream"):
+        flags += ["-ngl", "999", "-fit", "off", "--cpu-moe"]
+    elif arm.kind == "ncmoe":
+        flags += ["-ngl", "999", "-fit", "off", "-ncmoe", str(place["n_cpu_moe"])]
+    elif arm.kind == "fit":
+        made["fit_vram_bytes"] = place["vram_bytes"]
+    else:  # ours, or our build with FATE off: our placement
+        made["place"] = True
+        made["args_for_cpu"] = ["-t", str(threads)]
+    if arm.is_ours:
+        made |= {"slots": arm.slots(shape), "throttle": settings.get("throttle")}
+        made["mode"] = "callback" if arm.kind == "callback" else "table"
+        made["policy"] = {"callback": "lru", "python-lru": "bench.policies:PythonLRU"}.get(arm.kind, arm.kind)
+        if arm.kind == "classifier":
+            made["classifier"] = settings["classifier"]
+    made["flags"] = flags
+    return made

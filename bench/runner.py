@@ -1,0 +1,345 @@
+"""Run one group: open its arms one after another, let them alternate, keep every sample.
+
+Arms stay open from round to round where the device's memory allows; else the one that is cheapest to open
+again, for what it holds, makes room.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from dataclasses import dataclass
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+from bench import provenance, worker
+from bench.arms import Arm, job
+from bench.groups import Group
+from bench.models import Shape
+
+MARGIN = 3 << 29
+"""VRAM left free beside what an arm is expected to take: its CUDA context and what grows."""
+POOL_WARM_UP = 200
+FIRST_ROW = 256
+PROMPT_ROW = 4096
+SLOW_PROMPT_SECONDS = 5.0
+OPEN_SECONDS, CALL_SECONDS = 240.0, 120.0
+
+
+class ArmError(Exception):
+    """An arm failed; the message says how."""
+
+
+@dataclass
+class Plan:
+    """How much of each: rounds of so many tokens, and when to stop."""
+
+    rounds: int = 5
+    tokens: int = 256
+    minutes: float = 8.0
+    pool_warm_up: int = POOL_WARM_UP
+    prompts: tuple[int, ...] | None = None
+    """Lengths instead of the group's."""
+
+
+class _Process:
+    """A worker and the pipe to it."""
+
+    def __init__(self, log: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process: SpawnProcess = context.Process(target=worker.serve, args=(theirs, log), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def call(self, name: str, seconds: float = CALL_SECONDS, **arguments: Any) -> Any:
+        try:
+            self.pipe.send((name, arguments))
+            if not self.pipe.poll(seconds):
+                raise ArmError(f"no answer to {name} in {seconds:.0f} s")
+            state, value = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join(5)
+            code = self.process.exitcode
+            how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+            raise ArmError(f"the process ended during {name} ({how})") from None
+        if state != "done":
+            raise ArmError(value)
+        return value
+
+    def close(self) -> None:
+        try:
+            self.call("close", 30.0)
+        except ArmError:
+            self.process.kill()
+        self.process.join(10)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+class Run:
+    """One run of a group.
+
+    Parameters
+    ----------
+    settings
+        See `arms.job`; what the command line and the tuning say, over the group's own.
+    out
+        Folder of the result, `GROUP.json`, and of the logs.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        shape: Shape,
+        model: Path,
+        routing: Path | None,
+        source: dict[str, Any],
+        settings: dict[str, Any],
+        plan: Plan,
+        out: Path,
+        began: float,
+    ) -> None:
+        self.group, self.shape, self.plan = group, shape, plan
+        self.model, self.routing = model, routing
+        self.settings = {**settings, **group.settings}
+        self.out = out
+        self.began = began
+        self.arms = group.arms()
+        self.open: dict[str, _Process] = {}
+        self.link: _Process | None = None
+        self.result: dict[str, Any] = {
+            "group": group.name,
+            "model": {
+                "name": group.model,
+                "file": model.name,
+                "bytes": model.stat().st_size,
+                "n_layers": shape.n_layers,
+                "n_experts": shape.n_experts,
+                "k": shape.k,
+            },
+            "routing": source,
+            "settings": self.settings,
+            "plan": vars(plan),
+            "link_bytes_per_second": [],
+            "clocks": [],
+            "arms": {arm.name: {"rounds": [], "prompts": {}} for arm in self.arms},
+            "is_complete": False,
+        }
+
+    # ---------------------------------------------------------------------------------------------- the run
+
+    def run(self) -> dict[str, Any]:
+        (self.out / "logs").mkdir(parents=True, exist_ok=True)
+        try:
+            for i in range(self.plan.rounds if self.group.decode else 1):
+                for arm in self.arms:
+                    if self._left() < self._needs(arm):
+                        self._say(f"{arm.name}: no time left for round {i}")
+                        continue
+                    self._visit(arm, i)
+                    self._save()
+                self._measure_link()
+            done = self.result["arms"].values()
+            self.result["is_complete"] = all(self._is_done(arm) for arm in done)
+            self._save()
+        finally:
+            for process in [*self.open.values(), *([self.link] if self.link else [])]:
+                process.close()
+            self.open.clear()
+        return self.result
+
+    def _is_done(self, arm: dict[str, Any]) -> bool:
+        if "error" in arm or "not_engaged" in arm:
+            return True
+        return len(arm["rounds"]) >= self.plan.rounds or (not self.group.decode and bool(arm["prompts"]))
+
+    def _visit(self, arm: Arm, i: int) -> None:
+        """Measure one arm once; an arm that failed or does not engage is passed over from then on."""
+        found = self.result["arms"][arm.name]
+        if "error" in found or "not_engaged" in found:
+            return
+        began = time.monotonic()
+        try:
+            fresh = arm.name not in self.open
+            if fresh:
+                self._open(arm, found)
+            if fresh and "not_engaged" in found:
+                self._say(f"{arm.name}: not engaged because {found['not_engaged']}")
+                self._close(arm.name)
+                return
+            process = self.open[arm.name]
+            if not found["prompts"]:
+                self._prompts(arm, found, process)
+            if self.group.decode:
+                self._decode(arm, found, process, i, fresh)
+            if "vram_bytes" not in found:
+                found["vram_bytes"] = process.call("vram")
+        except ArmError as error:
+            found["error"] = str(error)
+            self._say(f"{arm.name}: failed: {error}")
+            self._close(arm.name)
+        found["visit_s"] = time.monotonic() - began
+
+    def _prompts(self, arm: Arm, found: dict[str, Any], process: _Process) -> None:
+        lengths = self.group.prompts if self.plan.prompts is None else self.plan.prompts
+        if not lengths:
+            return
+        row = PROMPT_ROW
+        first = process.call("prompt", n=max(lengths), row=row)  # warm-up, and the most memory it ever takes
+        for _ in range(1 if first > SLOW_PROMPT_SECONDS else self.group.n_prompts):
+            for n in lengths:
+                row += max(lengths)
+                found["prompts"].setdefault(str(n), []).append(process.call("prompt", n=n, row=row))
+        speeds = (f"{int(n)}: {int(n) / min(s):.0f} tok/s" for n, s in found["prompts"].items())
+        self._say(f"{arm.name}: prompts {', '.join(speeds)}")
+
+    def _decode(self, arm: Arm, found: dict[str, Any], process: _Process, i: int, fresh: bool) -> None:
+        row = FIRST_ROW + i * (self.plan.tokens + worker.WARM_UP)
+        warm_up = self.plan.pool_warm_up if fresh and arm.is_ours else worker.WARM_UP
+        sample = process.call("decode", row=row, n=self.plan.tokens, warm_up=warm_up)
+        found["rounds"].append({"round": i, "at_s": time.monotonic() - self.began, **sample})
+        counters = sample["counters"]
+        pairs = counters["hits"] + counters["misses"]
+        hits = f", hits {counters['hits'] / pairs:.3f}" if pairs else ""
+        speed = 1e3 * len(sample["ms"]) / sum(sample["ms"])
+        self._say(f"{arm.name}: round {i}: {speed:.1f} tok/s{hits}")
+
+    # ---------------------------------------------------------------------------------------- opening arms
+
+    def _open(self, arm: Arm, found: dict[str, Any]) -> None:
+        began = time.monotonic()
+        self._make_room(self._expected_vram(arm, found))
+        request = job(arm, self.shape, self.settings, self._place(arm))
+        process = _Process(self.out / "logs" / f"{self.group.name}.{arm.name.replace('/', '_')}.log")
+        self.open[arm.name] = process
+        opened = process.call(
+            "open",
+            OPEN_SECONDS,
+            model=str(self.model),
+            routing=str(self.routing) if self.routing else None,
+            job=request,
+        )
+        found["opened"] = opened
+        found["opens_s"] = [*found.get("opens_s", []), time.monotonic() - began]
+        found["load"], found["threads"] = request.get("load"), request.get("threads")
+        if arm.is_ours and not opened["engaged"]:
+            found["not_engaged"] = opened["reason"]
+        self._say(f"{arm.name}: open in {found['opens_s'][-1]:.1f} s")
+
+    def _close(self, name: str) -> None:
+        process = self.open.pop(name, None)
+        if process:
+            process.close()
+
+    def _ours_at(self, at: str) -> dict[str, Any] | None:
+        """Return the arm of ours, LRU first, whose VRAM the vanilla arms at `at` get."""
+        for arm in sorted(self.arms, key=lambda arm: arm.kind != "lru"):
+            found = self.result["arms"][arm.name]
+            if arm.is_ours and arm.at == at and "vram_bytes" in found:
+                return found
+        return None
+
+    def _place(self, arm: Arm) -> dict[str, Any]:
+        if arm.kind not in ("fit", "ncmoe"):
+            return {}
+        ours = self._ours_at(arm.at)
+        if ours is None:
+            raise ArmError(f"no arm of ours at {arm.at} % was measured, so its VRAM is unknown")
+        wanted = ours["vram_bytes"] or ours["opened"]["pool_bytes"]
+        if arm.kind == "fit":
+            return {"vram_bytes": wanted}
+        base = self.result["arms"].get("cpu-moe", {}).get("vram_bytes")
+        layers = [
+            n * size
+            for n, size in zip(ours["opened"]["n_experts"], ours["opened"]["expert_bytes"], strict=True)
+        ]
+        return {"n_cpu_moe": n_cpu_moe(layers, wanted - (base or 0))}
+
+    def _expected_vram(self, arm: Arm, found: dict[str, Any]) -> int:
+        known = found.get("vram_bytes")
+        if known:
+            return int(known)
+        whole = self.result["model"]["bytes"]
+        if arm.kind in ("resident",):
+            return int(whole + (2 << 30))
+        if arm.at:
+            ours = self._ours_at(arm.at)
+            if ours and ours["vram_bytes"]:
+                return int(ours["vram_bytes"])
+            return int(whole * arm.slots(self.shape) / self.shape.n_experts + (3 << 30))
+        return 4 << 30
+
+    def _make_room(self, n_bytes: int) -> None:
+        while self.open:
+            free = provenance.free_vram()
+            if free is None or free >= n_bytes + MARGIN:
+                return
+            cheapest = min(self.open, key=self._cost_of_closing)
+            self._say(f"{cheapest}: closed to make room")
+            self._close(cheapest)
+
+    def _cost_of_closing(self, name: str) -> float:
+        found = self.result["arms"][name]
+        return float(found["opens_s"][-1] / max(found.get("vram_bytes") or 1, 1))
+
+    # --------------------------------------------------------------------------------------- time and files
+
+    def _measure_link(self) -> None:
+        sizes = [
+            size
+            for found in self.result["arms"].values()
+            for size in found.get("opened", {}).get("expert_bytes", [])
+        ]
+        sizes = [size for size in sizes if size > 0]
+        if not sizes:
+            return
+        try:
+            if self.link is None:
+                piece = int(sum(sizes) / len(sizes))
+                self.link = _Process(self.out / "logs" / f"{self.group.name}.link.log")
+                self.link.call("link", OPEN_SECONDS, model=str(self.model), piece_bytes=piece)
+                self.result["link_piece_bytes"] = piece
+            speed = self.link.call("measure")
+        except ArmError as error:
+            self._say(f"link: {error}")
+            return
+        if speed is not None:
+            self.result["link_bytes_per_second"].append(speed)
+            self._say(f"link: {speed / 1e9:.2f} GB/s")
+        clocks = provenance.gpu("sm_mhz", "memory_mhz")
+        if clocks:
+            self.result["clocks"].append(clocks)
+
+    def _left(self) -> float:
+        return self.plan.minutes * 60 - (time.monotonic() - self.began)
+
+    def _needs(self, arm: Arm) -> float:
+        """Return the seconds that a visit may take: those of the last one, or a guess."""
+        return float(self.result["arms"][arm.name].get("visit_s", 10.0)) + 3.0
+
+    def _say(self, text: str) -> None:
+        print(f"{time.monotonic() - self.began:6.1f} s  {self.group.name}  {text}", flush=True)
+
+    def _save(self) -> None:
+        path = self.out / f"{self.group.name}.json"
+        unfinished = path.with_name(path.name + ".new")
+        unfinished.write_text(json.dumps(self.result), encoding="utf-8")
+        unfinished.replace(path)
+
+
+def n_cpu_moe(layer_bytes: list[int], vram_bytes: int) -> int:
+    """Return -ncmoe N such that the experts of the last layers take `vram_bytes` on the GPU, rounded up.
+
+    Rounded up, so that the comparison is kind to the other side; at least one layer stays on the CPU.
+    """
+    held = n_on_gpu = 0
+    for size in reversed(layer_bytes[1:]):
+        if held >= vram_bytes:
+            break
+        held += size
+        n_on_gpu += 1
+    return len(layer_bytes) - n_on_gpu

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from bench import report
+from bench.__main__ import main
+from bench.arms import Arm, job, parse
+from bench.groups import GROUPS
+from bench.models import SHAPES, Models, fitting, tensors, write
+from bench.routing import PUBLISHED, lru_hits, routing, way
+from bench.runner import n_cpu_moe
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "tiny"])
+def test_generated_files_hold_the_shape(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.models.POOL_BYTES", 8 << 20)
+    shape = replace(SHAPES[name], n_layers=1, n_vocab=256, n_ff=256)
+    path = tmp_path / "m.gguf"
+    assert write(path, shape) == path.stat().st_size == shape.n_bytes
+    read = gguf.GGUFReader(path)
+    held = {tensor.name: tensor for tensor in read.tensors}
+    assert set(held) == {tensor.name for tensor in tensors(shape)}
+    up = held["blk.0.ffn_up_exps.weight"]
+    assert up.shape.tolist() == [shape.n_embd, shape.n_ff, shape.n_experts]
+    experts = up.data.reshape(shape.n_experts, -1)
+    assert len({row.tobytes() for row in experts}) == shape.n_experts
+
+
+def test_sizes_are_those_of_the_real_models() -> None:
+    """Within 2 % of the published files; within 8 % for Mixtral, an older file with other types."""
+    sizes = {name: SHAPES[name].n_bytes / 1e9 for name in ("qwen3", "gptoss", "mixtral", "qwen235")}
+    assert sizes["qwen3"] == pytest.approx(18.56, rel=0.02)
+    assert sizes["gptoss"] == pytest.approx(12.11, rel=0.02)
+    assert sizes["qwen235"] == pytest.approx(142.2, rel=0.02)
+    assert sizes["mixtral"] == pytest.approx(26.44, rel=0.08)
+
+
+def test_a_large_shape_loses_layers_until_it_fits() -> None:
+    some = fitting(SHAPES["qwen235"], 40 << 30)
+    assert some.n_bytes <= 40 << 30 < replace(some, n_layers=some.n_layers + 1).n_bytes
+
+
+def test_models_make_room_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.models.POOL_BYTES", 8 << 20)
+    small = {name: replace(SHAPES[name], n_layers=1, n_vocab=256, n_ff=256) for name in ("qwen3", "mixtral")}
+    monkeypatch.setattr("bench.models.SHAPES", small)
+    monkeypatch.setattr("bench.models.fitting", lambda shape, room: shape)
+    models = Models(tmp_path)
+    first = models.get("qwen3")[1]
+    assert models.get("qwen3")[1] == first
+    monkeypatch.setattr(models, "_free", lambda: 0 if first.exists() else 1 << 40)
+    second = models.get("mixtral")[1]
+    assert not first.exists()
+    assert second.exists()
+
+
+@pytest.mark.slow
+def test_stretched_routing_hits_as_published() -> None:
+    """Within two points of what LRU reaches on Qwen3-30B-A3B at 16, 32 and 64 of 128 slots."""
+    made = routing(SHAPES["qwen3"])
+    got = lru_hits(made.ids[:2000], list(PUBLISHED))
+    assert got == pytest.approx(list(PUBLISHED.values()), abs=0.02)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_routing_is_distinct_and_fits_the_shape(name: str) -> None:
+    shape = replace(SHAPES[name], n_layers=min(SHAPES[name].n_layers, 6))
+    made = routing(shape)
+    assert made.ids.shape[1:] == (6, shape.k)
+    assert (np.diff(np.sort(made.ids, axis=2), axis=2) > 0).all()
+    assert made.ids.min() == 0
+    assert made.ids.max() == shape.n_experts - 1
+    assert made.tokens.max() < shape.n_vocab
+    assert made.source["way"] == way(shape)
+
+
+def test_fitting_and_replay_share_no_prompt() -> None:
+    shape = replace(SHAPES["gptoss"], n_layers=2)
+    fit, test = (routing(shape, part=part) for part in ("fit", "test"))
+    assert not np.array_equal(fit.tokens, test.tokens)
+    assert fit.source["sha256"] == test.source["sha256"]
+
+
+def test_every_group_has_what_its_ratios_need() -> None:
+    for group in GROUPS.values():
+        names = [arm.name for arm in group.arms()]
+        assert len(set(names)) == len(names)
+        if not group.tunes:
+            assert names[0] == "resident"
+        for i, arm in enumerate(group.arms()):
+            if arm.kind in ("fit", "ncmoe"):
+                assert f"lru@{arm.at}" in names[:i]
+                assert "cpu-moe" in names[:i]
+    mixtral = [arm.name for arm in GROUPS["mixtral"].arms()]
+    assert "lru@25" in mixtral
+    assert "lru@12.5" not in mixtral  # one slot, and a token uses two
+
+
+def test_arms_name_their_flags() -> None:
+    shape = SHAPES["qwen3"]
+    settings: dict[str, Any] = {"threads": 12, "load": "repack", "classifier": "c.npz", "throttle": 12.0}
+    ours = job(parse("classifier@12.5"), shape, settings, {})
+    assert (ours["slots"], ours["place"], ours["throttle"]) == (16, True, 12.0)
+    vanilla = job(parse("ncmoe@50"), shape, settings, {"n_cpu_moe": 24})
+    assert (
+        vanilla["flags"][-8:]
+        == [
+            *("--load-mode", "mmap", "--no-host", "-ngl", "999", "-fit", "off"),
+            *("-ncmoe", "24"),
+        ][-8:]
+    )
+    assert "throttle" not in vanilla
+    assert job(parse("stream"), shape, settings, {})["env"] == {"GGML_OP_OFFLOAD_MIN_BATCH": "1"}
+    assert "-ngl" not in job(parse("fit@50"), shape, settings, {"vram_bytes": 1})["flags"]
+    assert parse("cpu-moe:load=repack,t=8") == Arm(
+        "cpu-moe:load=repack,t=8", "cpu-moe", "", {"load": "repack", "t": "8"}
+    )
+    for name in ("lru", "resident@50", "best"):
+        with pytest.raises(ValueError, match="arm"):
+            parse(name)
+
+
+def test_equal_vram_rounds_up_for_the_other_side() -> None:
+    layers = [10, 20, 20, 30]
+    assert [n_cpu_moe(layers, wanted) for wanted in (0, 1, 30, 31, 70, 1000)] == [4, 3, 3, 2, 1, 1]
+
+
+def test_figures_of_a_row() -> None:
+    """A resident token of 4 ms and 50 MB a token over 10 GB/s make 9 ms by the link model."""
+
+    def found(ms: float, n_bytes: int = 0, **more: Any) -> dict[str, Any]:
+        counters = {"hits": 60, "misses": 20, "bytes": n_bytes * 2, "rows": 20, "rows_all_resident": 5}
+        sample = {"ms": [ms, ms], "policy_seconds": 0.001, "policy_error": None, "counters": counters}
+        return {"rounds": [sample] * 5, "prompts": {"512": [0.5, 0.1, 0.4]}, **more}
+
+    result = {
+        "group": "g",
+        "settings": {},
+        "link_bytes_per_second": [9e9, 10e9, 30e9],
+        "arms": {
+            "resident": found(4),
+            "cpu-moe": found(40),
+            "fit@50": found(25),
+            "fit@25": found(5),
+            "lru@50": found(10, 50_000_000, vram_bytes=1 << 30),
+            "callback@50": {"rounds": [], "prompts": {}, "not_engaged": "of a reason"},
+        },
+    }
+    table = {row["arm"]: row for row in report.rows(result)}
+    row = table["lru@50"]
+    assert row["tok_s"] == pytest.approx(100)
+    assert row["of_resident"] == pytest.approx(0.4)
+    assert row["vs_vanilla"] == pytest.approx(2.5)  # fit@25 has other VRAM
+    assert row["hits"] == 0.75
+    assert row["all_resident"] == 0.25
+    assert row["mb_token"] == 50
+    assert row["link"] == pytest.approx(0.5)
+    assert row["model"] == pytest.approx(10 / 9)
+    assert row["policy_ms"] == pytest.approx(0.5)
+    assert row["p512"] == pytest.approx(1280)
+    assert table["callback@50"]["note"] == "not engaged because of a reason"
+
+
+@pytest.mark.model
+def test_dry_run_measures_reports_and_resumes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arms = ["resident", "cpu-moe", "lru@25", "ncmoe@25", "fit@25", "classifier@25", "callback@25"]
+    command = ["--dry-run", "--out", str(tmp_path), "--arms", *arms, "--prepared", str(tmp_path)]
+    assert main(command) == 0
+    result = json.loads((tmp_path / "tiny.json").read_text(encoding="utf-8"))
+    assert result["is_complete"]
+    assert result["provenance"]["build_id"]
+    for name in arms:
+        found = result["arms"][name]
+        if name == "classifier@25":
+            assert "does not exist" in found["error"]  # and the other arms went on
+        else:
+            assert [len(sample["ms"]) for sample in found["rounds"]] == [8, 8]
+            assert set(found["prompts"]) == {"16", "32"}
+    lru, callback = (result["arms"][name]["rounds"][1]["counters"] for name in ("lru@25", "callback@25"))
+    assert lru == callback  # the same rows were replayed
+    assert lru["hits"] + lru["misses"] == 8 * 8 * 4
+    with (tmp_path / "table.csv").open(encoding="utf-8") as file:
+        assert [row["arm"] for row in csv.DictReader(file)] == arms
+    assert "| lru@25" in (tmp_path / "table.md").read_text(encoding="utf-8")
+    capfd.readouterr()
+    assert main(command) == 0
+    assert "complete in" in capfd.readouterr().out
