@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +106,7 @@ def install(loaded: library.Library) -> None:
 
 def array(pointer: Any, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
     """Return a read-only copy of a C array."""
-    n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     if not n_bytes:
         return np.zeros(shape, dtype)
     return np.frombuffer(library.load().ffi.buffer(pointer, n_bytes)[:], dtype).reshape(shape)

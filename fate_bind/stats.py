@@ -33,6 +33,9 @@ class Report:
     seconds: float
     record: str | None = None
     policy_error: str | None = None
+    asks: int = 0
+    timeouts: int = 0
+    ask_seconds: float = 0.0
 
     @property
     def n_layers_engaged(self) -> int:
@@ -77,6 +80,9 @@ def _add(one: Report, two: Report) -> Report:
         seconds=one.seconds + two.seconds,
         record=one.record,
         policy_error=one.policy_error or two.policy_error,
+        asks=one.asks + two.asks,
+        timeouts=one.timeouts + two.timeouts,
+        ask_seconds=one.ask_seconds + two.ask_seconds,
     )
 
 
@@ -89,6 +95,8 @@ def as_dict(report: Report) -> dict[str, Any]:
     slots, pool_bytes : of all layers together
     routed ... evictions, rows, rows_all_resident, bytes, tokens, steps, all_resident : see `Counters`
     policy_seconds : time spent in Python;  seconds : inside steps, Python included
+    asks, timeouts, ask_seconds : callback mode on a GPU: misses about which it asked, those not answered in
+        time, which LRU decided, and how long it waited
     record : the trace written, or null
     per_layer : arrays, one number for each layer: slots, experts, k, expert_bytes and the counters
     """
@@ -114,6 +122,9 @@ def as_dict(report: Report) -> dict[str, Any]:
         "pool_bytes": report.pool_bytes,
         **counters,
         "policy_seconds": report.policy_seconds,
+        "asks": report.asks,
+        "timeouts": report.timeouts,
+        "ask_seconds": report.ask_seconds,
         "seconds": report.seconds,
         "record": report.record,
         "per_layer": per_layer,
@@ -165,6 +176,11 @@ def summary(report: Report) -> str:
         f"  time          {totals['tokens']} tokens in {report.seconds:.2f} s{speed}; "
         f"{report.policy_seconds:.3f} s in the policy"
     )
+    if report.asks:
+        late = f"; {report.timeouts} not answered in time, lru decided" if report.timeouts else ""
+        lines.append(
+            f"  asked         {report.asks} times, {1e6 * report.ask_seconds / report.asks:.1f} us each{late}"
+        )
     if report.record:
         lines.append(f"  recorded      {report.record}")
     return "\n".join(lines)

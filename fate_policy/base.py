@@ -112,7 +112,11 @@ class Policy:
         """
 
     def admit(self, layer: int, experts: NDArray[np.int32]) -> None:
-        """Event: these experts came into slots. In table mode told just before `observe`."""
+        """Event: these experts came into slots. In table mode told just before `observe`.
+
+        In callback mode told at the miss; what a GPU decided without waiting longer is put right before
+        `observe`: experts that stayed are admitted again, those that went are dropped.
+        """
 
     def drop(self, layer: int, experts: NDArray[np.int32]) -> None:
         """Event: these experts lost their slots. In table mode told just before `observe`."""

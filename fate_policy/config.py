@@ -172,6 +172,7 @@ class Config:
     slots: Slots
     sync: bool
     refresh_tokens: int
+    miss_timeout_seconds: float = 3.0
     vram: int | None = None
     vram_margin: int = 2**30
 
@@ -184,6 +185,7 @@ class Config:
             "slots": str(self.slots),
             "sync": self.sync,
             "refresh_tokens": self.refresh_tokens,
+            "miss_timeout_seconds": self.miss_timeout_seconds,
             "vram": self.vram,
             "vram_margin": self.vram_margin,
         }
@@ -240,6 +242,7 @@ def load(path_or_name: str | Path = "lru", overrides: Mapping[str, Any] | None =
         slots=slots,
         sync=checks.flag("sync", merged["sync"]),
         refresh_tokens=checks.integer("refresh_tokens", merged["refresh_tokens"], minimum=1),
+        miss_timeout_seconds=checks.number("miss_timeout_seconds", merged["miss_timeout_seconds"], above=0),
         vram=vram,
         vram_margin=parse_size("vram_margin", merged["vram_margin"]),
     )

@@ -92,6 +92,8 @@ class Driver:
         self._last_use = np.zeros(shape, np.int64)
         self._clock = np.zeros(shape[0], np.int64)
         self._resident = np.zeros(shape, np.bool_)
+        # as of the last step observed; in callback mode `_resident` is ahead by what was told since
+        self._settled = self._resident if self.mode == "table" else self._resident.copy()
         self._scores = np.zeros(shape, np.float32)
         self._bonus = np.zeros(shape[0], np.float32)
         self._published_at = np.zeros(shape[0], np.int64)
@@ -116,12 +118,14 @@ class Driver:
         self._stamp(step)
         self.history.tokens_seen += step.n_tokens
         self.history.steps_seen += 1
+        self._settled[step.evictions[:, 0], step.evictions[:, 1]] = False
+        self._settled[step.fills[:, 0], step.fills[:, 1]] = True
         if self.mode == "table":
-            self._resident[step.evictions[:, 0], step.evictions[:, 1]] = False
-            self._resident[step.fills[:, 0], step.fills[:, 1]] = True
             if self._tells_moves:
                 self._tell(self.policy.drop, step.evictions)
                 self._tell(self.policy.admit, step.fills)
+        elif not np.array_equal(self._settled, self._resident):
+            self._correct()
         self._timed(self.policy.observe, step)
         if self.mode == "callback" and not self.expects:
             self._refresh()
@@ -197,6 +201,14 @@ class Driver:
         """Take in, in callback mode, that these experts came into slots."""
         self._resident[layer, experts] = True
         self._timed(self.policy.admit, layer, experts)
+
+    def _correct(self) -> None:
+        """Tell the policy what became of misses that the engine decided without its answer."""
+        lost = np.argwhere(self._resident & ~self._settled).astype(np.int32)
+        came = np.argwhere(self._settled & ~self._resident).astype(np.int32)
+        self._resident[:] = self._settled
+        self._tell(self.policy.drop, lost)
+        self._tell(self.policy.admit, came)
 
     def _stamp(self, step: Step) -> None:
         n_layers = self.geometry.n_layers

@@ -136,8 +136,8 @@ void fate_cuda_bulk::launch(size_t layer, const fate_cuda_call & call, const fat
     FATE_CUDA(cudaGetLastError());
     fate_cuda_layer decides = l;
     decides.n_tensors       = 0; // the copies follow, tensor by tensor
-    fate_bring<true><<<1, FATE_CUDA_THREADS, fate_bring_bytes(l.n_experts), stream>>>(decides, seeds);
-    FATE_CUDA(cudaGetLastError());
+    fate_cuda_launch(l.desk ? fate_bring<true, true> : fate_bring<true>, 1, FATE_CUDA_THREADS, fate_bring_bytes(l.n_experts), stream,
+                     /*chained =*/false, decides, seeds);
     for (size_t t = 0; t < parts_[layer].size(); ++t) {
         if (!given_[layer].tensors[t].is_part) {
             fate_batch_stage<<<1, FATE_CUDA_THREADS, 0, stream>>>(parts_[layer][t].layer, batch, true);

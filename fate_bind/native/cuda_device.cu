@@ -1,5 +1,6 @@
 // The CUDA half of the engine: owns a device's tables and buffers, launches, brings records back.
 #include "cuda_bulk.h"
+#include "cuda_callback.h"
 #include "cuda_check.h"
 #include "cuda_kernels.cuh"
 #include "cuda_launch.h"
@@ -40,38 +41,24 @@ void fate_device_mark(ggml_tensor * op, void (*launch)(ggml_tensor * dst, void *
     memcpy(reinterpret_cast<char *>(op->op_params) + GGML_CUDA_CUSTOM_OFFSET, &custom, sizeof(custom));
 }
 
-struct pinned_buffer {
-    char * data = nullptr;
-
-    pinned_buffer()                                  = default;
-    pinned_buffer(const pinned_buffer &)             = delete;
-    pinned_buffer & operator=(const pinned_buffer &) = delete;
-
-    void allocate(size_t n) {
-        FATE_CUDA(cudaHostAlloc(reinterpret_cast<void **>(&data), n, cudaHostAllocPortable | cudaHostAllocMapped));
-        memset(data, 0, n);
-    }
-
-    ~pinned_buffer() { cudaFreeHost(data); }
-};
-
 class fate_cuda_device final : public fate_device {
 public:
     fate_cuda_device(int ordinal, const fate_device_config & config);
     ~fate_cuda_device() override;
 
-    void        reset() override;
-    std::string begin(int32_t n_tokens) override;
-    void        launch(size_t layer, uint8_t path, ggml_tensor * dst, void * stream) override;
-    bool        is_bulk(size_t layer, int32_t n_rows) const override;
-    void        launch_bulk(size_t layer, ggml_tensor * dst, void * stream) override;
-    void        launch_part(size_t layer, size_t tensor, bool next_is_bulk, void * stream) override;
-    std::string end(int which) override;
-    void        collect(int which, fate_record & record) override;
-    void        publish(const float * scores, int32_t stride, const float * bonus, bool behind) override;
-    void        get_counters(std::vector<int64_t> & counters) const override;
-    void        get_launches(int64_t & launches, int64_t & captures) const override;
-    void        get_tables(size_t layer, std::vector<int32_t> & slot_of, std::vector<int32_t> & expert_of) const override;
+    void             reset() override;
+    std::string      begin(int32_t n_tokens) override;
+    void             launch(size_t layer, uint8_t path, ggml_tensor * dst, void * stream) override;
+    bool             is_bulk(size_t layer, int32_t n_rows) const override;
+    void             launch_bulk(size_t layer, ggml_tensor * dst, void * stream) override;
+    void             launch_part(size_t layer, size_t tensor, bool next_is_bulk, void * stream) override;
+    std::string      end(int which) override;
+    void             collect(int which, fate_record & record) override;
+    void             publish(const float * scores, int32_t stride, const float * bonus, bool behind) override;
+    void             get_counters(std::vector<int64_t> & counters) const override;
+    void             get_launches(int64_t & launches, int64_t & captures) const override;
+    fate_device_asks get_asks() const override;
+    void             get_tables(size_t layer, std::vector<int32_t> & slot_of, std::vector<int32_t> & expert_of) const override;
 
 private:
     // Where the parts of what comes back lie; the part that grows with the tokens is last.
@@ -117,6 +104,8 @@ private:
     int          last_         = -1; // the buffer of the last step, -1: none since the reset
     int64_t      n_launches_   = 0;
     int64_t      n_captures_   = 0;
+
+    std::unique_ptr<fate_cuda_callback> callback_; // null: table mode
 };
 
 static fate_cuda_tensor tensor_of(const fate_device_tensor & from, const void * source) {
@@ -141,6 +130,9 @@ fate_cuda_device::fate_cuda_device(int ordinal, const fate_device_config & confi
 
     for (const fate_host_range & range : config.ranges) {
         pins_.emplace_back(range.data, range.size);
+    }
+    if (config.asker) {
+        callback_ = std::make_unique<fate_cuda_callback>(*config.asker, config.timeout_ns);
     }
     bind(config);
     bulk_ = std::make_unique<fate_cuda_bulk>(ordinal, layers_, config_.layers, maps_.data, max_experts_);
@@ -201,6 +193,7 @@ void fate_cuda_device::bind(const fate_device_config & config) {
         const fate_device_layer & from = config.layers[i];
         fate_cuda_layer &         to   = layers_[i];
         memset(&to, 0, sizeof(to));
+        to.index     = from.index;
         to.n_experts = from.n_experts;
         to.n_slots   = from.n_slots;
         to.k         = from.k;
@@ -211,6 +204,7 @@ void fate_cuda_device::bind(const fate_device_config & config) {
         to.score     = score + i * max_experts_;
         to.head      = head + i;
         to.counters  = reinterpret_cast<int64_t *>(back_.data + p.counters) + i * FATE_N_COUNTERS;
+        to.desk      = callback_ ? callback_->desk() : nullptr;
         if (config.wants_steps) {
             to.step      = reinterpret_cast<fate_cuda_step *>(back_.data + p.steps) + i;
             to.fills     = reinterpret_cast<int32_t *>(back_.data + p.fills) + i * max_experts_;
@@ -259,10 +253,16 @@ void fate_cuda_device::reset() {
         FATE_CUDA(cudaDeviceSynchronize());
     }
     last_ = -1;
+    if (callback_) {
+        callback_->reset();
+    }
 }
 
 std::string fate_cuda_device::begin(int32_t n_tokens) {
     n_tokens_ = n_tokens;
+    if (callback_) {
+        callback_->wake();
+    }
     if (!stream_) { // nothing has run
         return "";
     }
@@ -288,16 +288,16 @@ static fate_cuda_call seeds_of(const fate_cuda_layer & layer, const fate_cuda_ca
 
 void fate_cuda_device::enqueue(uint8_t path, const fate_cuda_layer & layer, const fate_cuda_call & call) {
     if (path == FATE_PATH_POOL) {
-        fate_cuda_launch(fate_bring<false>, FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, fate_bring_bytes(layer.n_experts), stream_, chains_,
-                         layer, call);
+        fate_cuda_launch(callback_ ? fate_bring<false, true> : fate_bring<false>, FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS,
+                         fate_bring_bytes(layer.n_experts), stream_, chains_, layer, call);
         return;
     }
     bulk_->join(stream_);
     fate_stage<<<n_blocks_, FATE_CUDA_THREADS, 0, stream_>>>(layer, call);
     FATE_CUDA(cudaGetLastError());
     // from staging while it holds them
-    fate_bring<true><<<n_blocks_, FATE_CUDA_THREADS, fate_bring_bytes(layer.n_experts), stream_>>>(layer, seeds_of(layer, call));
-    FATE_CUDA(cudaGetLastError());
+    fate_cuda_launch(callback_ ? fate_bring<true, true> : fate_bring<true>, n_blocks_, FATE_CUDA_THREADS, fate_bring_bytes(layer.n_experts),
+                     stream_, /*chained =*/false, layer, seeds_of(layer, call));
 }
 
 fate_cuda_call fate_cuda_device::call_of(size_t layer, const ggml_tensor * dst) {
@@ -370,6 +370,9 @@ std::string fate_cuda_device::end(int which) {
 
 void fate_cuda_device::collect(int which, fate_record & record) {
     FATE_CUDA(cudaEventSynchronize(is_home_[which].handle));
+    if (callback_) {
+        callback_->rest();
+    }
     const char *           home      = home_[which].data;
     const int32_t          n_tokens  = tokens_in_[which];
     const parts            p         = parts_of(n_tokens);
@@ -457,6 +460,10 @@ void fate_cuda_device::get_counters(std::vector<int64_t> & counters) const {
 void fate_cuda_device::get_launches(int64_t & launches, int64_t & captures) const {
     launches = n_launches_;
     captures = n_captures_;
+}
+
+fate_device_asks fate_cuda_device::get_asks() const {
+    return callback_ ? callback_->get_asks() : fate_device_asks{};
 }
 
 void fate_cuda_device::get_tables(size_t layer, std::vector<int32_t> & slot_of, std::vector<int32_t> & expert_of) const {

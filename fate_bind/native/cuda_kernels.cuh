@@ -1,4 +1,5 @@
-// What runs on the GPU: the decision, the copies, the tables. One launch a layer; nothing here waits for the host or for another block.
+// What runs on the GPU: the decision, the copies, the tables. One launch a layer; nothing here waits for the host or for another block, but for the
+// answer to a miss in callback mode.
 //
 // Every block of a launch takes the same decision from the same tables and copies its share; the last block to have read the tables changes them when
 // it has copied.
@@ -6,6 +7,7 @@
 #pragma once
 
 #include "cuda_copy.cuh"
+#include "cuda_mailbox.cuh"
 
 #include <climits>
 
@@ -23,7 +25,8 @@ static inline size_t fate_bring_bytes(int32_t n_experts) {
 }
 
 // SEED false: the pool path's op. SEED true: admits the experts of the call's rows after a staged op, from staging; nothing is used or looked up.
-template <bool SEED>
+// ASK: callback mode, the host names the victims.
+template <bool SEED, bool ASK = false>
 static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __grid_constant__ fate_cuda_layer layer,
                                                                        const __grid_constant__ fate_cuda_call  call) {
     extern __shared__ int64_t s_last_use[];                                              // by slot
@@ -114,7 +117,12 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
         s_target[free_at] = tid;
     }
     const int n_victims = n_missing > n_free ? n_missing - n_free : 0;
-    if (n_victims > 0) {
+    bool      by_rule   = n_victims > 0;
+    if constexpr (ASK) {
+        const fate_cuda_miss miss = { s_slot_of, s_first, s_missing, n_missing, n_victims };
+        by_rule                   = !fate_ask(layer, miss, is_pair ? expert : -1, s_scratch, s_target + n_free) && by_rule;
+    }
+    if (by_rule) {
         int width = 1; // threads share a slot's comparisons
         while (width * 2 * layer.n_slots <= FATE_CUDA_THREADS) {
             width *= 2;
@@ -185,6 +193,9 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
     const int n_whole = __syncthreads_count(tid < call.n_rows && s_before[tid] == 0);
     if (tid == 0) {
         layer.head->arrived = 0;
+        if constexpr (ASK) {
+            fate_ask_done(layer);
+        }
         fate_add(&layer.counters[FATE_COUNTER_FILLS], n_missing);
         fate_add(&layer.counters[FATE_COUNTER_EVICTIONS], n_victims);
         if (SEED) {

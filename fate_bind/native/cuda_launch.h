@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <utility>
 
 // The CUDA device behind a backend device. Throws fate_error if it is none.
@@ -45,6 +46,21 @@ template <typename T> struct device_array {
     void allocate(size_t n) { FATE_CUDA(cudaMalloc(&data, std::max<size_t>(n, 1) * sizeof(T))); }
 
     ~device_array() { cudaFree(data); }
+};
+
+struct pinned_buffer {
+    char * data = nullptr;
+
+    pinned_buffer()                                  = default;
+    pinned_buffer(const pinned_buffer &)             = delete;
+    pinned_buffer & operator=(const pinned_buffer &) = delete;
+
+    void allocate(size_t n) {
+        FATE_CUDA(cudaHostAlloc(reinterpret_cast<void **>(&data), n, cudaHostAllocPortable | cudaHostAllocMapped));
+        memset(data, 0, n);
+    }
+
+    ~pinned_buffer() { cudaFreeHost(data); }
 };
 
 // Whether a kernel may be launched into upstream's chain of programmatic dependent launches: it must wait for what runs before by itself.

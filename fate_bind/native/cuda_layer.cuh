@@ -2,15 +2,16 @@
 #pragma once
 
 #include "fate.h"
+#include "mailbox.h"
 #include "rule.h"
 
 #include <cuda_runtime.h>
 
 static const int FATE_CUDA_THREADS     = 1024;
-static const int FATE_CUDA_MAX_EXPERTS = 1024; // also bounds the pairs of a pool op: tokens x k <= slots < experts
+static const int FATE_CUDA_MAX_EXPERTS = FATE_MAILBOX_EXPERTS; // also bounds the pairs of a pool op: tokens x k <= slots < experts
 static const int FATE_CUDA_MAX_TENSORS = 11;
-static const int FATE_CUDA_FILL_BLOCKS = 8;    // enough for the link, few enough to leave the multiprocessors to others
-static const int FATE_CUDA_LOADS       = 4;    // in flight a thread
+static const int FATE_CUDA_FILL_BLOCKS = 8;                    // enough for the link, few enough to leave the multiprocessors to others
+static const int FATE_CUDA_LOADS       = 4;                    // in flight a thread
 
 struct fate_cuda_tensor {
     const char * source;
@@ -39,6 +40,7 @@ struct fate_cuda_step {
 };
 
 struct fate_cuda_layer {
+    int32_t index; // among all layers
     int32_t n_experts;
     int32_t n_slots;
     int32_t k;
@@ -51,6 +53,7 @@ struct fate_cuda_layer {
     float *          score;
     fate_cuda_head * head;
     int64_t *        counters; // [FATE_N_COUNTERS]; routed and bytes follow from the others
+    fate_desk *      desk;     // callback mode: where the host is asked
 
     fate_cuda_step * step;     // null: not recorded
     int32_t *        fills;

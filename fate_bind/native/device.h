@@ -5,6 +5,7 @@
 #pragma once
 
 #include "record.h"
+#include "service.h"
 
 #include "ggml-backend.h"
 
@@ -21,6 +22,13 @@ struct fate_device_tensor {
     size_t       expert_bytes;
     size_t       tail_bytes; // of what follows an expert in the source, also read by upstream's kernels
     bool         is_part;    // large: a bulk op leaves it to launch_part
+};
+
+// Questions in callback mode.
+struct fate_device_asks {
+    int64_t n;          // ops of layers that missed
+    int64_t n_timeouts; // of these
+    int64_t waited_ns;  // by the GPU
 };
 
 struct fate_device_layer {
@@ -69,6 +77,9 @@ public:
     // Launches so far, and those of them that went into a captured graph.
     virtual void get_launches(int64_t & launches, int64_t & captures) const = 0;
 
+    // So far since the reset.
+    virtual fate_device_asks get_asks() const = 0;
+
     // Waits until the device is idle.
     virtual void get_tables(size_t layer, std::vector<int32_t> & slot_of, std::vector<int32_t> & expert_of) const = 0;
 };
@@ -79,6 +90,8 @@ struct fate_device_config {
     int32_t                        max_tokens;  // of a step
     bool                           wants_steps; // records are collected
     bool                           weights;     // with router weights
+    fate_asker *                   asker;       // callback mode: outlives the device; null: table mode
+    int64_t                        timeout_ns;  // of an answer
 };
 
 // Why layers on this device cannot be served, "" if they can.

@@ -34,7 +34,10 @@ fate_engine::fate_engine(llama_context & ctx, std::shared_ptr<const fate_setting
 }
 
 fate_engine::~fate_engine() {
-    closing_ = true;
+    {
+        std::lock_guard<std::mutex> lock(policy_mutex_);
+        closing_ = true;
+    }
     try {
         flush();
     } catch (const fate_error &) {
@@ -197,6 +200,8 @@ void fate_engine::open_devices() {
         config.max_tokens  = static_cast<int32_t>(ctx_.get_cparams().n_ubatch);
         config.wants_steps = wants_steps_;
         config.weights     = config_.record != 0;
+        config.asker       = callback_ ? this : nullptr;
+        config.timeout_ns  = static_cast<int64_t>(config_.miss_timeout_seconds * 1e9);
         std::vector<ggml_backend_buffer_t> buffers;
         std::vector<block *>               served;
         for (size_t i = 0; i < blocks_.size(); ++i) {
@@ -441,7 +446,7 @@ bool fate_engine::deliver(int32_t which) {
     }
     const fate_step step = record.view();
     const bool      published =
-        ask([&](int32_t * flag) { return config_.on_step(config_.user, this, &step, scores_.data(), bonus_.data(), flag); });
+        call([&](int32_t * flag) { return config_.on_step(config_.user, this, &step, scores_.data(), bonus_.data(), flag); });
     return published && !config_.expects;
 }
 
@@ -451,17 +456,18 @@ bool fate_engine::expect() {
         return false;
     }
     const fate_step step = record_[current_].view();
-    return ask([&](int32_t * flag) {
+    return call([&](int32_t * flag) {
         return config_.on_expect(config_.user, this, step.n_tokens, step.tokens, step.positions, step.sequences, scores_.data(),
                                  bonus_.data(), flag);
     });
 }
 
 // Runs a callback that may publish scores; true if it did.
-template <typename F> bool fate_engine::ask(F callback) {
+template <typename F> bool fate_engine::call(F callback) {
     std::fill(scores_.begin(), scores_.end(), 0.0f);
     std::fill(bonus_.begin(), bonus_.end(), 0.0f);
-    int32_t published = 0;
+    int32_t                     published = 0;
+    std::lock_guard<std::mutex> lock(policy_mutex_);
     if (callback(&published) != FATE_STATUS_OK) {
         fail_policy();
     }
@@ -470,7 +476,7 @@ template <typename F> bool fate_engine::ask(F callback) {
 
 // Without sync the policy has not seen the step at hand.
 void fate_engine::publish() {
-    if (policy_failed_) {
+    if (policy_failed_ || callback_) { // where the policy is not followed in callback mode, LRU is
         return;
     }
     for (size_t i = 0; i < blocks_.size(); ++i) {
@@ -491,9 +497,12 @@ void fate_engine::flush() {
     }
 }
 
-// The run goes on as LRU.
+// The run goes on as LRU. In callback mode on any thread: no scores are in force.
 void fate_engine::fail_policy() {
     policy_failed_ = true;
+    if (callback_) {
+        return;
+    }
     for (auto & b : blocks_) {
         if (b->layer) {
             b->layer->forget_scores();
@@ -504,6 +513,23 @@ void fate_engine::fail_policy() {
             device->publish(nullptr, max_experts_, nullptr, false);
         }
     }
+}
+
+bool fate_engine::ask(const fate_miss & miss, int32_t * victims) {
+    std::lock_guard<std::mutex> lock(policy_mutex_);
+    if (policy_failed_ || closing_) {
+        return false;
+    }
+    const int32_t status = config_.on_miss(config_.user, this, miss.layer, miss.n_needed, miss.needed, miss.n_missing, miss.missing,
+                                           miss.last_use, miss.n_victims, victims);
+    if (status != FATE_STATUS_OK) {
+        fail_policy();
+    }
+    return status == FATE_STATUS_OK;
+}
+
+void fate_engine::reject() {
+    fail_policy();
 }
 
 //
@@ -545,6 +571,10 @@ fate_info fate_engine::info() const {
         device->get_launches(launches, captures);
         info.gpu_launches += launches;
         info.gpu_captures += captures;
+        const fate_device_asks asks = device->get_asks();
+        info.gpu_asks += asks.n;
+        info.gpu_timeouts += asks.n_timeouts;
+        info.gpu_ask_us += asks.waited_ns / 1000;
     }
     return info;
 }

@@ -9,6 +9,7 @@
 #include "pool.h"
 #include "record.h"
 #include "routing.h"
+#include "service.h"
 
 #include <atomic>
 #include <memory>
@@ -43,7 +44,7 @@ public:
 // The live engine of a context, null if it has none. Any thread.
 fate_engine * fate_engine_of(const llama_context * ctx);
 
-struct fate_engine final : llama_engine_i {
+struct fate_engine final : llama_engine_i, private fate_asker {
     fate_engine(llama_context & ctx, std::shared_ptr<const fate_settings> settings);
     ~fate_engine() override;
 
@@ -130,7 +131,10 @@ private:
     std::vector<fate_budget> budgets() const;
     ggml_backend_dev_t       device_of(const llama_moe_args & args) const;
 
-    void        measure();
+    void measure();
+    bool ask(const fate_miss & miss, int32_t * victims) override;
+    void reject() override;
+
     void        engage();
     bool        choose();
     bool        shrink();
@@ -149,7 +153,7 @@ private:
     void        fail_policy();
     void        snapshot();
 
-    template <typename F> bool ask(F callback);
+    template <typename F> bool call(F callback);
 
     llama_context &                      ctx_;
     std::shared_ptr<const fate_settings> settings_;
@@ -186,8 +190,9 @@ private:
     std::vector<int64_t> expert_bytes_;
 
     bool              active_  = false; // graphs of the current ubatch go through the pool
-    bool              closing_ = false; // the backends and their streams are gone
+    bool              closing_ = false; // the backends and their streams are gone; written under policy_mutex_
     std::atomic<bool> policy_failed_{ false };
+    std::mutex        policy_mutex_;    // a policy is asked by one thread at a time: that which decodes, or a GPU's service
     fate_record       record_[2];
     int32_t           current_    = 0;
     int64_t           began_us_   = 0;

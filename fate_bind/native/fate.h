@@ -106,8 +106,9 @@ typedef struct fate_step {
     const int32_t * evictions; // [n_evictions][2] (layer, expert), in order
 } fate_step;
 
-// Callbacks run on the thread that decodes, which need not be the one that called in. They return FATE_STATUS_OK, or another status: on_open
-// then fails the context; after any other the engine goes on as LRU and calls on_step, on_expect and on_miss no more, except on_step for records.
+// Callbacks run on the thread that decodes, which need not be the one that called in; on_miss for layers on a GPU on a thread of the engine's own, but
+// never while another callback of the same engine runs. They return FATE_STATUS_OK, or another status: on_open then fails the context; after any other
+// the engine goes on as LRU and calls on_step, on_expect and on_miss no more, except on_step for records.
 
 // An engine is ready, engaged or not, or was reset (fate_engine_get_info tells). Comes again after each reset.
 typedef int32_t (*fate_open_fn)(void * user, fate_engine * engine);
@@ -122,17 +123,19 @@ typedef int32_t (*fate_expect_fn)(void * user, fate_engine * engine, int32_t n_t
                                   const int32_t * sequences, float * scores, float * bonus, int32_t * published);
 // One op of a layer missed. Write victims[n_victims]: distinct resident experts of this layer, none of needed. n_victims may be 0.
 // last_use[n_experts of the layer]: the layer's clock at each expert's last use, 0: never; at seeding the uses of the step at hand are in it.
+// A GPU does not follow an answer that comes after miss_timeout_seconds; the step's evictions then tell what went.
 typedef int32_t (*fate_miss_fn)(void * user, fate_engine * engine, int32_t layer, int32_t n_needed, const int32_t * needed,
                                 int32_t n_missing, const int32_t * missing, const int64_t * last_use, int32_t n_victims, int32_t * victims);
 // The context ends; the engine is valid until this returns.
 typedef void (*fate_close_fn)(void * user, fate_engine * engine);
 
 typedef struct fate_config {
-    int32_t mode;    // FATE_MODE_*
-    int32_t sync;    // 1: records of step t are handed over at its end, 0: one step later; callback mode is always sync
-    int32_t scores;  // 1: the policy publishes scores (call on_step)
-    int32_t expects; // 1: it wants to know the tokens that come (call on_expect too)
-    int32_t record;  // 1: routing is recorded (call on_step)
+    int32_t mode;                 // FATE_MODE_*
+    int32_t sync;                 // 1: records of step t are handed over at its end, 0: one step later; callback mode is always sync
+    int32_t scores;               // 1: the policy publishes scores (call on_step)
+    int32_t expects;              // 1: it wants to know the tokens that come (call on_expect too)
+    int32_t record;               // 1: routing is recorded (call on_step)
+    double  miss_timeout_seconds; // callback mode on a GPU: how long it waits for on_miss before LRU decides
     int32_t require; // 1: a context that does not engage is an error, unless another one is engaged (a draft model beside the main one)
     int32_t slots_kind;
     double  slots_value;
@@ -159,6 +162,9 @@ typedef struct fate_info {
     int64_t       pool_bytes;   // staging included
     int64_t       gpu_launches; // of ops of ours, by the host
     int64_t       gpu_captures; // of these, into a graph: replays of it launch without the host
+    int64_t       gpu_asks;     // callback mode: misses about which a GPU asked
+    int64_t       gpu_timeouts; // of these, not answered in time: LRU decided
+    int64_t       gpu_ask_us;   // that GPUs waited for answers
 } fate_info;
 
 // Any thread.

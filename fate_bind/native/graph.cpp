@@ -16,19 +16,13 @@ public:
 
     bool ask(const std::vector<int32_t> & needed, const std::vector<int32_t> & missing, const int64_t * last_use, int32_t n,
              int32_t * victims) override {
-        if (engine_.policy_failed_) {
-            return false;
-        }
-        const fate_config & config = engine_.config_;
-        const int32_t       status = config.on_miss(config.user, &engine_, layer_, static_cast<int32_t>(needed.size()), needed.data(),
-                                                    static_cast<int32_t>(missing.size()), missing.data(), last_use, n, victims);
-        if (status != FATE_STATUS_OK) {
-            engine_.fail_policy();
-        }
-        return status == FATE_STATUS_OK;
+        const fate_miss miss = {
+            layer_, static_cast<int32_t>(needed.size()), needed.data(), static_cast<int32_t>(missing.size()), missing.data(), last_use, n
+        };
+        return engine_.ask(miss, victims);
     }
 
-    void reject() override { engine_.fail_policy(); }
+    void reject() override { engine_.reject(); }
 
     void evict(int32_t expert) override {
         if (engine_.wants_steps_) {
@@ -72,11 +66,7 @@ std::string fate_engine::refuse(llama_moe_args & args) const {
         }
     }
     ggml_backend_dev_t dev = device_of(args);
-    if (dev && callback_) {
-        return fate_format("layer %d runs on %s, and callback mode serves layers on the CPU only; use --fate-mode table", args.il,
-                           ggml_backend_dev_name(dev));
-    }
-    const std::string why = dev ? fate_device_refuse(dev) : "";
+    const std::string  why = dev ? fate_device_refuse(dev) : "";
     return why.empty() ? "" : fate_format("layer %d: %s", args.il, why.c_str());
 }
 

@@ -83,15 +83,9 @@ void fate_layer::choose(bool callback, fate_layer_io & io) {
 }
 
 bool fate_layer::valid_answer() const {
-    for (size_t i = 0; i < answer_.size(); ++i) {
-        const int32_t expert = answer_[i];
-        if (expert < 0 || expert >= table_.n_experts || slot_of_[expert] < 0 || is_needed_[expert] ||
-            std::find(answer_.begin(), answer_.begin() + static_cast<std::ptrdiff_t>(i), expert) !=
-                answer_.begin() + static_cast<std::ptrdiff_t>(i)) {
-            return false;
-        }
-    }
-    return true;
+    return fate_rule_valid(answer_.data(), static_cast<int32_t>(answer_.size()), [this](int32_t expert) {
+        return expert >= 0 && expert < table_.n_experts && slot_of_[expert] >= 0 && !is_needed_[expert];
+    });
 }
 
 void fate_layer::admit(int32_t expert, fate_layer_io & io) {

@@ -74,6 +74,10 @@ int32_t fate_configure(const fate_config * config) {
             if (config->mode == FATE_MODE_CALLBACK && !config->on_miss) {
                 throw fate_error(FATE_STATUS_INVALID, "callback mode needs on_miss");
             }
+            if (config->mode == FATE_MODE_CALLBACK && !(config->miss_timeout_seconds >= 0 && config->miss_timeout_seconds <= 1e6)) {
+                throw fate_error(FATE_STATUS_INVALID,
+                                 fate_format("miss_timeout_seconds %g: expected 0 to 1000000", config->miss_timeout_seconds));
+            }
             if ((config->scores || config->record) && !config->on_step) {
                 throw fate_error(FATE_STATUS_INVALID, "scores and record need on_step");
             }

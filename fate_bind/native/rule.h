@@ -94,3 +94,18 @@ FATE_HOST_DEVICE inline void fate_rule_place(fate_table & t, int32_t expert, int
     t.expert_of[slot] = expert;
     t.slot_of[expert] = slot;
 }
+
+// Whether a policy's answer can be followed: distinct experts, each of which may go.
+template <typename F> bool fate_rule_valid(const int32_t * victims, int32_t n, F && may_go) {
+    for (int32_t i = 0; i < n; ++i) {
+        for (int32_t j = 0; j < i; ++j) {
+            if (victims[j] == victims[i]) {
+                return false;
+            }
+        }
+        if (!may_go(victims[i])) {
+            return false;
+        }
+    }
+    return true;
+}

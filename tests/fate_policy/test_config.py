@@ -30,6 +30,7 @@ def test_reference_is_the_defaults() -> None:
 def test_reference_has_a_block_for_every_built_in_policy() -> None:
     keys = yaml.safe_load(REFERENCE.read_text(encoding="utf-8"))
     general = {"policy", "mode", "slots", "vram", "vram_margin", "sync", "refresh_tokens", "params"}
+    general |= {"miss_timeout_seconds"}
     assert set(keys) - general == set(registry.BUILT_IN)
 
 
@@ -42,6 +43,7 @@ def test_a_file_says_what_differs(tmp_path: Path) -> None:
         "slots": "25%",
         "sync": False,
         "refresh_tokens": 1,
+        "miss_timeout_seconds": 3.0,
         "vram": None,
         "vram_margin": 2**30,
     }
@@ -92,6 +94,10 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("sync: 1", "sync: 1 is not allowed; expected true or false"),
         ("refresh_tokens: 0", "refresh_tokens: 0 is not allowed; expected a whole number, 1 or more"),
         ("refresh_tokens: 2.5", "refresh_tokens: 2.5 is not allowed"),
+        (
+            "miss_timeout_seconds: 0",
+            "miss_timeout_seconds: 0 is not allowed; expected a number greater than 0",
+        ),
         ("frequency: 16", "frequency: 16 is not allowed; expected a mapping"),
         ("slots: many", "slots: 'many' is not allowed; expected a count"),
         ("params: {a: 1}", "params: is for own policies; write the parameters of lru under `lru:`"),

@@ -295,6 +295,24 @@ def test_table_mode_follows_the_moves_of_a_step_and_tells_them() -> None:
     assert policy.events == [*first, ("drop", 0, [3]), "observe"]
 
 
+def test_callback_mode_puts_right_what_the_engine_decided_alone() -> None:
+    """A GPU that waited no longer told nobody; victims() was then asked about experts long gone."""
+    policy = Answers(victims=[1])
+    driver = Driver(policy, SYNTHETIC, "callback")
+    driver.admit(0, np.array([1, 2], np.int32))
+    driver.observe(make_step(STEP.ids, fills=np.array([[0, 1], [0, 2]], np.int32)))
+    driver.drop(0, driver.victims(0, 1, PINNED))  # the answer came late: 2 went
+    driver.admit(0, np.array([3], np.int32))
+    moves = {"fills": np.array([[0, 3], [2, 5]], np.int32), "evictions": np.array([[0, 2]], np.int32)}
+    driver.observe(make_step(STEP.ids, **moves))
+    assert np.argwhere(driver.history.resident).tolist() == [[0, 1], [0, 3], [2, 5]]
+    told = [("drop", 0, [1]), ("admit", 0, [3])]
+    corrected = [("drop", 0, [2]), ("admit", 0, [1]), ("admit", 2, [5])]
+    assert policy.events == ["start", ("admit", 0, [1, 2]), "observe", *told, *corrected, "observe"]
+    driver.observe(STEP)
+    assert policy.events[-2:] == ["observe", "observe"]
+
+
 def test_the_engines_last_uses_win_when_given() -> None:
     """Seeding comes before the step is observed: without them LRU would evict what was just used."""
     driver = Driver(Policy(), SYNTHETIC, "callback")

@@ -106,12 +106,19 @@ def expected(resident: Session, tokens: list[int]) -> dict[str, Logits]:
 
 @pytest.mark.parametrize("workload", WORKLOADS)
 @pytest.mark.parametrize("slots", SLOTS)
+@pytest.mark.parametrize("mode", ["table", "callback"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_same_bits_as_resident(
-    policy: str, slots: str, workload: str, pooled: Session, tokens: list[int], expected: dict[str, Logits]
+    policy: str,
+    mode: str,
+    slots: str,
+    workload: str,
+    pooled: Session,
+    tokens: list[int],
+    expected: dict[str, Logits],
 ) -> None:
     n_slots = SLOTS[slots]
-    with pooled.fork(policy=POLICIES[policy](), slots=n_slots, mode="table", require=True) as session:
+    with pooled.fork(policy=POLICIES[policy](), slots=n_slots, mode=mode, require=True) as session:
         got = WORKLOADS[workload](session, tokens)
         session.check()
         total = session.counters().totals()
@@ -119,6 +126,9 @@ def test_same_bits_as_resident(
     unequal = (got.view(np.uint32) != expected[workload].view(np.uint32)).any(axis=1)
     assert not unequal.any(), f"{unequal.sum()} of {len(unequal)} rows differ, first {np.argmax(unequal)}"
     assert stats["layers_engaged"] == N_LAYERS
+    assert stats["policy_error"] is None
+    assert (stats["asks"] > 0) == (mode == "callback")
+    assert stats["timeouts"] == 0
     assert total["bypassed"] == 0
     assert total["routed"] == total["hits"] + total["misses"] + total["staged"]
     assert total["fills"] == total["misses"] + total["seed_fills"] > 0
@@ -137,14 +147,18 @@ def test_batch_takes_the_pool_up_to_the_limit(n: int, pooled: Session, tokens: l
 
 
 @pytest.mark.parametrize("slots", [4, 10, 31])
-@pytest.mark.parametrize("sync", [True, False])
+@pytest.mark.parametrize(
+    ("mode", "sync"),
+    [("table", True), ("table", False), ("callback", True)],
+    ids=["sync", "late", "callback"],
+)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_replay_counts_what_the_device_counts(
-    policy: str, sync: bool, slots: int, pooled: Session, tokens: list[int], tmp_path: Path
+    policy: str, mode: str, sync: bool, slots: int, pooled: Session, tokens: list[int], tmp_path: Path
 ) -> None:
     path = tmp_path / "trace.npz"
     with pooled.fork(
-        policy=POLICIES[policy](), slots=slots, mode="table", sync=sync, record=path, require=True
+        policy=POLICIES[policy](), slots=slots, mode=mode, sync=sync, record=path, require=True
     ) as session:
         session.logits(tokens[:40])
         for token in tokens[40:100]:
@@ -158,7 +172,7 @@ def test_replay_counts_what_the_device_counts(
         session.logits(tokens[150:151])
         session.check()
     engine = session.counters()
-    replayed = replay(load(path), POLICIES[policy](), mode="table", sync=sync)
+    replayed = replay(load(path), POLICIES[policy](), mode=mode, sync=sync)
     assert engine == replayed, f"{engine.totals()}\n{replayed.totals()}"
     totals = engine.totals()
     assert totals["hits"] > 0
@@ -174,13 +188,6 @@ def test_long_greedy_decode_gives_the_same_tokens(resident: Session, pooled: Ses
         assert "".join(session.generate("Once upon a time", 1000)) == expected
 
 
-def test_callback_mode_says_why_it_is_not_engaged(pooled: Session) -> None:
-    with pooled.fork(policy="lru", slots=8, mode="callback") as session:
-        stats = session.stats()
-    assert not stats["engaged"]
-    assert "callback mode" in stats["reason"]
-
-
 def launches(session: Session) -> tuple[int, int]:
     """Return how often the host launched ops of ours, and how many of these went into a captured graph."""
     ffi, lib = library.load()
@@ -189,9 +196,10 @@ def launches(session: Session) -> tuple[int, int]:
     return int(info.gpu_launches), int(info.gpu_captures)
 
 
-def test_decode_is_one_captured_graph(pooled: Session, tokens: list[int]) -> None:
+@pytest.mark.parametrize("mode", ["table", "callback"])
+def test_decode_is_one_captured_graph(mode: str, pooled: Session, tokens: list[int]) -> None:
     """Once captured, tokens run without the host: none of our launchers is called again."""
-    with pooled.fork(policy="lru", slots=8, mode="table") as session:
+    with pooled.fork(policy="lru", slots=8, mode=mode) as session:
         for token in tokens[:4]:
             session.logits([token])
         before = launches(session)
