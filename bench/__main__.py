@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 import time
@@ -17,6 +18,7 @@ from bench.groups import GROUPS, Group
 from bench.models import SHAPES, Models
 from bench.routing import as_trace, routing
 from bench.runner import Plan, Run
+from fate_bind.session import Session
 
 FIT_TOKENS = 6000
 
@@ -32,6 +34,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prepare", action="store_true", help="fit the classifiers into --prepared; needs scikit-learn"
     )
+    parser.add_argument("--write", action="store_true", help="write the models of the groups, run nothing")
     parser.add_argument("--prepared", type=Path, default=Path("bench-prepared"), help="what --prepare made")
     parser.add_argument("--models", type=Path, default=Path("/tmp/fate-bench"), help="generated models")
     parser.add_argument("--traces", type=Path, help="folder of traces; by default those shipped")
@@ -47,13 +50,17 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--threads", type=int, help="of vanilla arms; default: what the tuning group found")
     parser.add_argument("--load", choices=["mmap", "pinned", "repack"], help="of vanilla arms, likewise")
+    parser.add_argument("--commit", help="of this checkout, where git cannot tell")
     parser.add_argument("--again", action="store_true", help="run groups that are complete, too")
     parser.add_argument("--dry-run", action="store_true", help="embedded model, a few tokens; needs no GPU")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = arguments().parse_args(argv)
+    parser = arguments()
+    args = parser.parse_args(argv)
+    if args.throttle and "throttle_gbps" not in inspect.signature(Session).parameters:
+        parser.error("--throttle: sessions of this build take no throttle_gbps")
     if args.list:
         for group in GROUPS.values():
             print(f"{group.name}: {' '.join(arm.name for arm in group.arms())}")
@@ -61,6 +68,14 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.prepare:
         _prepare(args)
+        return 0
+    if args.write:
+        for name in dict.fromkeys(GROUPS[group].model for group in args.group or GROUPS):
+            began = time.monotonic()
+            path = Models(args.models).get(name)[1]
+            print(
+                f"{path}: {path.stat().st_size / 1e9:.2f} GB in {time.monotonic() - began:.0f} s", flush=True
+            )
         return 0
     failed = False
     if not args.report:
@@ -112,7 +127,7 @@ def _run(group: Group, plan: Plan, args: argparse.Namespace) -> bool:
     settings |= {key: value for key, value in given.items() if value is not None}
     settings["classifier"] = str((args.prepared / f"classifier-{group.model}-{shape.n_layers}.npz").resolve())
     run = Run(group, shape, model, table, made.source, settings, plan, args.out, began)
-    run.result["provenance"] = provenance.collect()
+    run.result["provenance"] = provenance.collect(args.commit)
     run.result["model"]["sha256_of_samples"] = models.fingerprint(model)
     return bool(run.run()["is_complete"])
 
@@ -124,7 +139,12 @@ def _tuned(out: Path, group: Group) -> dict[str, Any]:
         return {}
     arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
     ran = [arm for arm in arms.values() if arm["rounds"]]
-    best = max(ran, key=lambda arm: report.speed(arm) or 0.0, default=None)
+    # another way to load takes long; it must pay
+    best = max(
+        ran,
+        key=lambda arm: (report.speed(arm) or 0.0) * (1.0 if arm["load"] == "mmap" else 0.97),
+        default=None,
+    )
     return {} if best is None else {"threads": best["threads"], "load": best["load"], "is_tuned": True}
 
 

@@ -48,7 +48,9 @@ class Link:
         self.source = self.array.ctypes.data
         self._check(
             self.cuda.cudaHostRegister(
-                ctypes.c_void_p(self.source), self.n_bytes, REGISTER_MAPPED | REGISTER_READ_ONLY
+                ctypes.c_void_p(self.source),
+                ctypes.c_size_t(self.n_bytes),
+                REGISTER_MAPPED | REGISTER_READ_ONLY,
             )
         )
         self.target = ctypes.c_void_p()

@@ -10,7 +10,6 @@ from bench.arms import ALL_BUT_ONE, Arm, parse
 from bench.models import SHAPES
 
 PERCENT = ("75", "50", "25", "12.5")
-VANILLA_ANYWHERE = ("cpu-moe", "off", "stream")
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,11 @@ def _decode_arms(percents: Sequence[str], compared: Sequence[str]) -> list[str]:
     names += [f"lru@{at}" for at in percents]
     for at in compared:
         names += [f"ncmoe@{at}", f"fit@{at}", f"frequency@{at}", f"classifier@{at}", f"callback@{at}"]
-    return [*names, "off", "stream"]
+    return [*names, "stream"]
 
 
 def _groups() -> list[Group]:
-    made = [Group("tiny", "tiny", _decode_arms(PERCENT, ("50", "25")))]
+    made = [Group("tiny", "tiny", [*_decode_arms(PERCENT, ("50", "25")), "off"])]
     for model in ("qwen3", "gptoss", "mixtral", "qwen235"):
         if model != "qwen235":
             threads = [f"cpu-moe:t={t}" for t in (8, 12, 16)]
@@ -64,7 +63,7 @@ def _groups() -> list[Group]:
         made.append(Group(model, model, _decode_arms(PERCENT, ("50", "25"))))
         if model in ("qwen3", "gptoss"):
             edges = [name for at in ("75", "12.5") for name in _same_vram(at)]
-            made.append(Group(f"{model}-edges", model, ["resident", "cpu-moe", *edges], prompts=()))
+            made.append(Group(f"{model}-edges", model, ["resident", "cpu-moe", "off", *edges], prompts=()))
             made.append(
                 Group(
                     f"{model}-prompts",

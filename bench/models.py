@@ -309,10 +309,10 @@ class Models:
         return found.f_bavail * found.f_frsize
 
     def _room(self) -> int:
-        """Bytes that a model may have: of the disk without our other models, and of RAM."""
+        """Bytes that a model may have: of the disk without our others, and of RAM, where arms copy it."""
         ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         disk = self._free() + sum(path.stat().st_size for path in self._made())
-        return min(disk - (2 << 30), int(ram * 0.6))
+        return min(disk - (2 << 30), int(ram * 0.4))
 
     def _make_room(self, n_bytes: int) -> None:
         for path in sorted(self._made(), key=lambda path: path.stat().st_mtime):

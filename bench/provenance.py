@@ -41,8 +41,9 @@ def gpu(*fields: str) -> dict[str, str] | None:
 
 
 def free_vram() -> int | None:
+    """Return free bytes of the first device without making a CUDA context; None if nobody tells."""
     found = gpu("memory.free")
-    return int(found["memory.free"]) << 20 if found else None
+    return int(found["memory.free"]) << 20 if found and found["memory.free"].isdigit() else None
 
 
 def cpu() -> str:
@@ -63,14 +64,14 @@ def commit() -> str:
     return head + ("+" if _output("git", "status", "--porcelain", "--untracked-files=no") else "")
 
 
-def collect() -> dict[str, Any]:
+def collect(known_commit: str | None = None) -> dict[str, Any]:
     from fate_bind import library
 
     ffi, lib = library.load()
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": sys.argv,
-        "commit": commit(),
+        "commit": known_commit or commit(),
         "build_id": library.text(ffi, lib.fate_build_id()),
         "llama": library.text(ffi, lib.fate_system_info()),
         "gpu": gpu(),

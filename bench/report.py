@@ -56,6 +56,16 @@ def _speeds(arm: dict[str, Any]) -> list[float]:
     return [1e3 * len(sample["ms"]) / sum(sample["ms"]) for sample in arm["rounds"]]
 
 
+def fraction(result: dict[str, Any], arm: dict[str, Any]) -> float | None:
+    """Return the speed over the resident arm's in the same leg, in all legs if it had no round there."""
+    legs = {sample["leg"] for sample in arm["rounds"]}
+    resident = result["arms"].get("resident", {"rounds": []})["rounds"]
+    same = [sample for sample in resident if sample["leg"] in legs] or resident
+    if not same or not arm["rounds"]:
+        return None
+    return median(_speeds(arm)) / median(_speeds({"rounds": same}))
+
+
 def _mean(arm: dict[str, Any], key: str, of: str | None = None) -> float | None:
     """Return a counter's median over rounds: for each token, or as a share of another counter."""
     values = []
@@ -77,14 +87,18 @@ def _hit_rate(arm: dict[str, Any]) -> float | None:
     return median(rates) if rates else None
 
 
-def _best_vanilla(result: dict[str, Any], arm: Arm, of: Any) -> float | None:
-    """Return the best figure of the vanilla arms that get no more VRAM than this arm does."""
-    figures = []
+def _over_vanilla(result: dict[str, Any], arm: Arm) -> float | None:
+    """Return the speed over the best vanilla arm of no more VRAM, by fractions of resident if there are."""
+    own, ratios = result["arms"][arm.name], []
     for name, found in result["arms"].items():
         other = parse(name)
-        if other.is_vanilla and other.at in ("", arm.at) and (value := of(found)) is not None:
-            figures.append(value)
-    return max(figures, default=None)
+        if other.is_vanilla and other.at in ("", arm.at):
+            for of in (lambda one: fraction(result, one), speed):
+                mine, theirs = of(own), of(found)
+                if mine and theirs:
+                    ratios.append(mine / theirs)
+                    break
+    return min(ratios, default=None)
 
 
 def prompt_speed(arm: dict[str, Any], n: int) -> float | None:
@@ -95,14 +109,13 @@ def prompt_speed(arm: dict[str, Any], n: int) -> float | None:
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Return one group's rows; None where a figure says nothing or was not measured."""
     made = []
-    resident = speed(result["arms"].get("resident", {"rounds": []}))
     link = median(result["link_bytes_per_second"]) if result["link_bytes_per_second"] else None
     throttle = result["settings"].get("throttle")
     if link and throttle:
         link = min(link, throttle * 1e9)
     for name, found in result["arms"].items():
         arm = parse(name)
-        own = speed(found)
+        own, of_resident = speed(found), fraction(result, found)
         speeds = _speeds(found)
         bytes_token = _mean(found, "bytes") if arm.is_ours else None
         row: dict[str, Any] = {
@@ -111,7 +124,7 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
             "n": len(speeds),
             "tok_s": own,
             "range": f"{min(speeds):.1f}-{max(speeds):.1f}" if speeds else None,
-            "of_resident": own / resident if own and resident else None,
+            "of_resident": of_resident,
             "hits": _hit_rate(found),
             "all_resident": _mean(found, "rows_all_resident", "rows") if arm.is_ours else None,
             "mb_token": None if bytes_token is None else bytes_token / 1e6,
@@ -121,15 +134,14 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
             "note": _note(found),
         }
         if arm.is_ours:
-            vanilla = _best_vanilla(result, arm, speed)
-            row["vs_vanilla"] = own / vanilla if own and vanilla else None
+            row["vs_vanilla"] = _over_vanilla(result, arm)
             row["policy_ms"] = (
                 1e3 * median(s["policy_seconds"] / len(s["ms"]) for s in found["rounds"]) if speeds else None
             )
             if link and own and bytes_token is not None:
                 row["link"] = bytes_token * own / link
-                if resident:
-                    row["model"] = (1 / own) / (1 / resident + bytes_token / link)
+                if of_resident:
+                    row["model"] = (1 / own) / (of_resident / own + bytes_token / link)
         made.append({key: row.get(key) for key in COLUMNS})
     return made
 
@@ -139,6 +151,8 @@ def _note(found: dict[str, Any]) -> str:
         return f"failed: {found['error']}"
     if "not_engaged" in found:
         return f"not engaged because {found['not_engaged']}"
+    if "left_out" in found:
+        return f"left out: {found['left_out']}"
     notes = [f"{found['threads']} threads, {found['load']}"] if found.get("load") else []
     notes += [s["policy_error"] for s in found["rounds"] if s.get("policy_error")][:1]
     return "; ".join(notes)

@@ -1,7 +1,8 @@
-"""Run one group: open its arms one after another, let them alternate, keep every sample.
+"""Run one group: open its arms, let them alternate, keep every sample.
 
-Arms stay open from round to round where the device's memory allows; else the one that is cheapest to open
-again, for what it holds, makes room.
+Opening costs more than a round, so an arm is opened once: as many arms as the device's memory holds at a time
+make a leg, alternate until all rounds are done, and are closed. The resident arm takes part in every leg, and
+fractions are of its rounds in the same leg.
 """
 
 from __future__ import annotations
@@ -9,22 +10,25 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
 from bench import provenance, worker
-from bench.arms import Arm, job
+from bench.arms import UBATCH, Arm, job
 from bench.groups import Group
 from bench.models import Shape
+from bench.worker import WARM_UP
 
 MARGIN = 3 << 29
 """VRAM left free beside what an arm is expected to take: its CUDA context and what grows."""
 POOL_WARM_UP = 200
-FIRST_ROW = 256
-PROMPT_ROW = 4096
-SLOW_PROMPT_SECONDS = 5.0
+FIRST_ROW, PROMPT_ROW = 256, 4096
+SLOW_PROMPT_SECONDS = 2.5
+"""Arms that take longer for the longest prompt get one sample of each length."""
+OVER = {"error", "not_engaged", "left_out"}
 OPEN_SECONDS, CALL_SECONDS = 240.0, 120.0
 
 
@@ -83,6 +87,8 @@ class _Process:
 class Run:
     """One run of a group.
 
+    An arm that fails, does not engage or finds no time left gets a row that says so.
+
     Parameters
     ----------
     settings
@@ -90,6 +96,8 @@ class Run:
     out
         Folder of the result, `GROUP.json`, and of the logs.
     """
+
+    OPENING_SECONDS = 25.0
 
     def __init__(
         self,
@@ -111,6 +119,8 @@ class Run:
         self.arms = group.arms()
         self.open: dict[str, _Process] = {}
         self.link: _Process | None = None
+        self.leg = 0
+        self.resident = next((arm for arm in self.arms if arm.kind == "resident"), None)
         self.result: dict[str, Any] = {
             "group": group.name,
             "model": {
@@ -135,14 +145,12 @@ class Run:
     def run(self) -> dict[str, Any]:
         (self.out / "logs").mkdir(parents=True, exist_ok=True)
         try:
-            for i in range(self.plan.rounds if self.group.decode else 1):
-                for arm in self.arms:
-                    if self._left() < self._needs(arm):
-                        self._say(f"{arm.name}: no time left for round {i}")
-                        continue
-                    self._visit(arm, i)
-                    self._save()
-                self._measure_link()
+            waiting = [arm for arm in self.arms if arm.kind != "resident"]
+            while True:
+                self._leg(waiting)
+                if not waiting:
+                    break
+                self.leg += 1
             done = self.result["arms"].values()
             self.result["is_complete"] = all(self._is_done(arm) for arm in done)
             self._save()
@@ -152,56 +160,112 @@ class Run:
             self.open.clear()
         return self.result
 
+    def _leg(self, waiting: list[Arm]) -> None:
+        """Take arms from the waiting ones, run all their rounds, and close them."""
+        if self.resident and self.resident.name not in self.open and not self._is_over(self.resident):
+            self._enter(self.resident)
+        leg = [self.resident] if self.resident else []
+        while waiting:
+            arm = waiting[0]
+            if not self._fits(arm):
+                is_alone = leg == [self.resident]
+                if leg and not (is_alone and self.leg > 0):
+                    break
+                if is_alone:  # nothing fits beside it, and it had its rounds
+                    self._close(self.resident.name)
+                    self.resident, leg = None, []
+            waiting.pop(0)
+            if self._left() < self.OPENING_SECONDS:
+                self.result["arms"][arm.name]["left_out"] = "no time was left"
+                self._say(f"{arm.name}: no time left")
+                continue
+            self._enter(arm)
+            if arm.name in self.open:
+                leg.append(arm)
+        n_rounds = self.plan.rounds if self.group.decode else self.group.n_prompts
+        for i in range(n_rounds):
+            began = time.monotonic()
+            for arm in leg:
+                self._round(arm, i)
+            self._measure_link()
+            self._save()
+            if self._left() < time.monotonic() - began and i + 1 < n_rounds:
+                self._say(f"leg {self.leg}: no time for more than {i + 1} rounds")
+                break
+        for arm in leg:
+            if arm is not self.resident:
+                self._close(arm.name)
+
+    def _is_over(self, arm: Arm) -> bool:
+        return bool(OVER & self.result["arms"][arm.name].keys())
+
     def _is_done(self, arm: dict[str, Any]) -> bool:
         if "error" in arm or "not_engaged" in arm:
             return True
-        return len(arm["rounds"]) >= self.plan.rounds or (not self.group.decode and bool(arm["prompts"]))
+        if self.group.decode:
+            return len(arm["rounds"]) >= self.plan.rounds
+        return any(len(samples) >= self.group.n_prompts for samples in arm["prompts"].values())
 
-    def _visit(self, arm: Arm, i: int) -> None:
-        """Measure one arm once; an arm that failed or does not engage is passed over from then on."""
+    def _enter(self, arm: Arm) -> None:
+        """Open an arm and let it take all the memory it ever takes; leave the reason if it does not run."""
         found = self.result["arms"][arm.name]
-        if "error" in found or "not_engaged" in found:
-            return
         began = time.monotonic()
         try:
-            fresh = arm.name not in self.open
-            if fresh:
-                self._open(arm, found)
-            if fresh and "not_engaged" in found:
+            self._open(arm, found)
+            if "not_engaged" in found:
                 self._say(f"{arm.name}: not engaged because {found['not_engaged']}")
                 self._close(arm.name)
                 return
             process = self.open[arm.name]
-            if not found["prompts"]:
-                self._prompts(arm, found, process)
+            lengths = self._lengths()
+            longest = max(lengths, default=UBATCH)
+            seconds = process.call("prompt", n=longest, row=PROMPT_ROW)  # not counted
             if self.group.decode:
-                self._decode(arm, found, process, i, fresh)
-            if "vram_bytes" not in found:
-                found["vram_bytes"] = process.call("vram")
+                for _ in range(1 if seconds > SLOW_PROMPT_SECONDS else self.group.n_prompts):
+                    self._prompts(found, process)
+                if arm.is_ours:
+                    process.call("decode", row=FIRST_ROW - WARM_UP, n=1, warm_up=self.plan.pool_warm_up)
+            found["vram_bytes"] = process.call("vram")
+            found["entered_s"] = time.monotonic() - began
+            vram = f", {found['vram_bytes'] / 2**30:.2f} GiB" if found["vram_bytes"] else ""
+            speeds = (f", {n}: {int(n) / min(s):.0f} tok/s" for n, s in found["prompts"].items())
+            self._say(f"{arm.name}: open after {found['entered_s']:.1f} s{vram}{''.join(speeds)}")
         except ArmError as error:
-            found["error"] = str(error)
-            self._say(f"{arm.name}: failed: {error}")
-            self._close(arm.name)
-        found["visit_s"] = time.monotonic() - began
+            self._fail(arm, error)
 
-    def _prompts(self, arm: Arm, found: dict[str, Any], process: _Process) -> None:
-        lengths = self.group.prompts if self.plan.prompts is None else self.plan.prompts
-        if not lengths:
+    def _round(self, arm: Arm, i: int) -> None:
+        if self._is_over(arm):
             return
-        row = PROMPT_ROW
-        first = process.call("prompt", n=max(lengths), row=row)  # warm-up, and the most memory it ever takes
-        for _ in range(1 if first > SLOW_PROMPT_SECONDS else self.group.n_prompts):
-            for n in lengths:
-                row += max(lengths)
-                found["prompts"].setdefault(str(n), []).append(process.call("prompt", n=n, row=row))
-        speeds = (f"{int(n)}: {int(n) / min(s):.0f} tok/s" for n, s in found["prompts"].items())
-        self._say(f"{arm.name}: prompts {', '.join(speeds)}")
+        found, process = self.result["arms"][arm.name], self.open[arm.name]
+        try:
+            if self.group.decode:
+                self._decode(arm, found, process, i)
+            else:
+                self._prompts(found, process)
+        except ArmError as error:
+            self._fail(arm, error)
 
-    def _decode(self, arm: Arm, found: dict[str, Any], process: _Process, i: int, fresh: bool) -> None:
-        row = FIRST_ROW + i * (self.plan.tokens + worker.WARM_UP)
-        warm_up = self.plan.pool_warm_up if fresh and arm.is_ours else worker.WARM_UP
-        sample = process.call("decode", row=row, n=self.plan.tokens, warm_up=warm_up)
-        found["rounds"].append({"round": i, "at_s": time.monotonic() - self.began, **sample})
+    def _fail(self, arm: Arm, error: ArmError) -> None:
+        self.result["arms"][arm.name]["error"] = str(error)
+        self._say(f"{arm.name}: failed: {error}")
+        self._close(arm.name)
+
+    def _lengths(self) -> Sequence[int]:
+        return self.group.prompts if self.plan.prompts is None else self.plan.prompts
+
+    def _prompts(self, found: dict[str, Any], process: _Process) -> None:
+        """Take a sample of each length, each prompt from other rows than the ones before."""
+        lengths = self._lengths()
+        for n in lengths:
+            samples = found["prompts"].setdefault(str(n), [])
+            row = PROMPT_ROW + (len(samples) + 1) * max(lengths) + n
+            samples.append(process.call("prompt", n=n, row=row))
+
+    def _decode(self, arm: Arm, found: dict[str, Any], process: _Process, i: int) -> None:
+        row = FIRST_ROW + i * (self.plan.tokens + WARM_UP)
+        sample = process.call("decode", row=row, n=self.plan.tokens, warm_up=WARM_UP)
+        at = time.monotonic() - self.began
+        found["rounds"].append({"leg": self.leg, "round": i, "at_s": at, **sample})
         counters = sample["counters"]
         pairs = counters["hits"] + counters["misses"]
         hits = f", hits {counters['hits'] / pairs:.3f}" if pairs else ""
@@ -212,7 +276,6 @@ class Run:
 
     def _open(self, arm: Arm, found: dict[str, Any]) -> None:
         began = time.monotonic()
-        self._make_room(self._expected_vram(arm, found))
         request = job(arm, self.shape, self.settings, self._place(arm))
         process = _Process(self.out / "logs" / f"{self.group.name}.{arm.name.replace('/', '_')}.log")
         self.open[arm.name] = process
@@ -224,11 +287,10 @@ class Run:
             job=request,
         )
         found["opened"] = opened
-        found["opens_s"] = [*found.get("opens_s", []), time.monotonic() - began]
+        found["open_s"] = time.monotonic() - began
         found["load"], found["threads"] = request.get("load"), request.get("threads")
         if arm.is_ours and not opened["engaged"]:
             found["not_engaged"] = opened["reason"]
-        self._say(f"{arm.name}: open in {found['opens_s'][-1]:.1f} s")
 
     def _close(self, name: str) -> None:
         process = self.open.pop(name, None)
@@ -259,13 +321,8 @@ class Run:
         ]
         return {"n_cpu_moe": n_cpu_moe(layers, wanted - (base or 0))}
 
-    def _expected_vram(self, arm: Arm, found: dict[str, Any]) -> int:
-        known = found.get("vram_bytes")
-        if known:
-            return int(known)
+    def _expected_vram(self, arm: Arm) -> int:
         whole = self.result["model"]["bytes"]
-        if arm.kind in ("resident",):
-            return int(whole + (2 << 30))
         if arm.at:
             ours = self._ours_at(arm.at)
             if ours and ours["vram_bytes"]:
@@ -273,18 +330,9 @@ class Run:
             return int(whole * arm.slots(self.shape) / self.shape.n_experts + (3 << 30))
         return 4 << 30
 
-    def _make_room(self, n_bytes: int) -> None:
-        while self.open:
-            free = provenance.free_vram()
-            if free is None or free >= n_bytes + MARGIN:
-                return
-            cheapest = min(self.open, key=self._cost_of_closing)
-            self._say(f"{cheapest}: closed to make room")
-            self._close(cheapest)
-
-    def _cost_of_closing(self, name: str) -> float:
-        found = self.result["arms"][name]
-        return float(found["opens_s"][-1] / max(found.get("vram_bytes") or 1, 1))
+    def _fits(self, arm: Arm) -> bool:
+        free = provenance.free_vram()
+        return free is None or free >= self._expected_vram(arm) + MARGIN
 
     # --------------------------------------------------------------------------------------- time and files
 
@@ -316,10 +364,6 @@ class Run:
 
     def _left(self) -> float:
         return self.plan.minutes * 60 - (time.monotonic() - self.began)
-
-    def _needs(self, arm: Arm) -> float:
-        """Return the seconds that a visit may take: those of the last one, or a guess."""
-        return float(self.result["arms"][arm.name].get("visit_s", 10.0)) + 3.0
 
     def _say(self, text: str) -> None:
         print(f"{time.monotonic() - self.began:6.1f} s  {self.group.name}  {text}", flush=True)

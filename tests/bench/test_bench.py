@@ -136,9 +136,15 @@ def test_equal_vram_rounds_up_for_the_other_side() -> None:
 def test_figures_of_a_row() -> None:
     """A resident token of 4 ms and 50 MB a token over 10 GB/s make 9 ms by the link model."""
 
-    def found(ms: float, n_bytes: int = 0, **more: Any) -> dict[str, Any]:
+    def found(ms: float, n_bytes: int = 0, leg: int = 0, **more: Any) -> dict[str, Any]:
         counters = {"hits": 60, "misses": 20, "bytes": n_bytes * 2, "rows": 20, "rows_all_resident": 5}
-        sample = {"ms": [ms, ms], "policy_seconds": 0.001, "policy_error": None, "counters": counters}
+        sample = {
+            "leg": leg,
+            "ms": [ms, ms],
+            "policy_seconds": 0.001,
+            "policy_error": None,
+            "counters": counters,
+        }
         return {"rounds": [sample] * 5, "prompts": {"512": [0.5, 0.1, 0.4]}, **more}
 
     result = {
@@ -149,12 +155,13 @@ def test_figures_of_a_row() -> None:
             "resident": found(4),
             "cpu-moe": found(40),
             "fit@50": found(25),
-            "fit@25": found(5),
+            "fit@25": found(5, leg=1),
             "lru@50": found(10, 50_000_000, vram_bytes=1 << 30),
             "callback@50": {"rounds": [], "prompts": {}, "not_engaged": "of a reason"},
         },
     }
     table = {row["arm"]: row for row in report.rows(result)}
+    assert table["fit@25"]["of_resident"] == pytest.approx(0.8)  # resident had no round in its leg
     row = table["lru@50"]
     assert row["tok_s"] == pytest.approx(100)
     assert row["of_resident"] == pytest.approx(0.4)
