@@ -38,13 +38,15 @@ class Link:
     MOST_BYTES = 2 << 30
 
     def __init__(self, path: Path, piece_bytes: int) -> None:
-        self.cuda = runtime()
+        found = runtime()
+        if found is None:
+            raise RuntimeError("this process has no CUDA runtime to measure the link with")
+        self.cuda: Any = found
         self.piece = piece_bytes
         with path.open("rb") as file:
             self.n_bytes = min(path.stat().st_size, self.MOST_BYTES) // mmap.PAGESIZE * mmap.PAGESIZE
             self.map = mmap.mmap(file.fileno(), self.n_bytes, prot=mmap.PROT_READ)
         self.array = np.frombuffer(self.map, np.uint8)
-        self.array[:: mmap.PAGESIZE].sum()
         self.source = self.array.ctypes.data
         self._check(
             self.cuda.cudaHostRegister(

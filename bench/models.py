@@ -224,6 +224,11 @@ def _pool(kind: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     return blocks.reshape(-1)
 
 
+def _bytes(array: NDArray[Any]) -> memoryview:
+    data: Any = array.reshape(-1)
+    return memoryview(data).cast("B")
+
+
 def write(path: Path, shape: Shape, seed: int = 0, threads: int = 16) -> int:
     """Write the model; return its bytes."""
     rng = np.random.default_rng(seed)
@@ -234,12 +239,12 @@ def write(path: Path, shape: Shape, seed: int = 0, threads: int = 16) -> int:
     for tensor in made:
         at = len(head) + tensor.offset
         if tensor.kind == "norm":
-            jobs.append((at, memoryview(np.ones(tensor.shape, np.float32)).cast("B")))
+            jobs.append((at, _bytes(np.ones(tensor.shape, np.float32))))
         elif tensor.kind == "small":
             numbers = rng.normal(0, 0.02, tensor.shape[::-1]).astype(np.float32)
-            jobs.append((at, memoryview(numbers.reshape(-1)).cast("B")))
+            jobs.append((at, _bytes(numbers)))
         else:
-            size, pool = BLOCK[tensor.type][1], memoryview(pools[tensor.type])
+            size, pool = BLOCK[tensor.type][1], _bytes(pools[tensor.type])
             piece = tensor.n_bytes // (tensor.shape[2] if len(tensor.shape) == 3 else 8)
             while piece * 2 > len(pool):
                 piece //= 2

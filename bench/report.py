@@ -242,9 +242,9 @@ def _plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(drawn), figsize=(5.2 * len(drawn), 4.4), squeeze=False)
     for axis, (result, table) in zip(axes[0], drawn, strict=True):
         kinds: dict[str, list[tuple[float, float]]] = {}
-        for row in table:
+        for i, row in enumerate(table):
             arm = parse(row["arm"])
-            x = row["vram_gib"] if row["vram_gib"] is not None else float(len(kinds))
+            x = row["vram_gib"] if row["vram_gib"] is not None else float(i)
             kinds.setdefault(arm.kind, []).append((x, row["of_resident"]))
         for kind, points in kinds.items():
             is_vanilla = kind in ("cpu-moe", "stream", "fit", "ncmoe", "off")

@@ -176,4 +176,4 @@ def lru_hits(ids: NDArray[np.integer], capacities: list[int], skip: int = 200) -
                 if token >= skip:
                     hits += [depth < capacity for capacity in capacities]
                     uses += 1
-    return (hits / uses).tolist()
+    return [float(rate) for rate in hits / uses]

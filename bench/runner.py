@@ -168,33 +168,40 @@ class Run:
         while waiting:
             arm = waiting[0]
             if not self._fits(arm):
-                is_alone = leg == [self.resident]
-                if leg and not (is_alone and self.leg > 0):
+                if leg and (leg != [self.resident] or self.leg == 0):
                     break
-                if is_alone:  # nothing fits beside it, and it had its rounds
+                if self.resident:  # nothing fits beside it, and it had its rounds
                     self._close(self.resident.name)
                     self.resident, leg = None, []
+            is_late = self._left() < self.OPENING_SECONDS + self._n_rounds() * self._round_seconds(leg)
+            if is_late and any(arm is not self.resident for arm in leg):
+                break
             waiting.pop(0)
-            if self._left() < self.OPENING_SECONDS:
+            if is_late:
                 self.result["arms"][arm.name]["left_out"] = "no time was left"
                 self._say(f"{arm.name}: no time left")
                 continue
             self._enter(arm)
             if arm.name in self.open:
                 leg.append(arm)
-        n_rounds = self.plan.rounds if self.group.decode else self.group.n_prompts
-        for i in range(n_rounds):
-            began = time.monotonic()
+        for i in range(self._n_rounds()):
+            if i > 0 and self._left() < self._round_seconds(leg):
+                self._say(f"leg {self.leg}: no time for more than {i} rounds")
+                break
             for arm in leg:
                 self._round(arm, i)
             self._measure_link()
             self._save()
-            if self._left() < time.monotonic() - began and i + 1 < n_rounds:
-                self._say(f"leg {self.leg}: no time for more than {i + 1} rounds")
-                break
         for arm in leg:
             if arm is not self.resident:
                 self._close(arm.name)
+
+    def _n_rounds(self) -> int:
+        return self.plan.rounds if self.group.decode else self.group.n_prompts
+
+    def _round_seconds(self, leg: list[Arm]) -> float:
+        running = (self.result["arms"][arm.name] for arm in leg if not self._is_over(arm))
+        return float(sum(found.get("round_s", 0.0) for found in running))
 
     def _is_over(self, arm: Arm) -> bool:
         return bool(OVER & self.result["arms"][arm.name].keys())
@@ -223,8 +230,13 @@ class Run:
             if self.group.decode:
                 for _ in range(1 if seconds > SLOW_PROMPT_SECONDS else self.group.n_prompts):
                     self._prompts(found, process)
-                if arm.is_ours:
-                    process.call("decode", row=FIRST_ROW - WARM_UP, n=1, warm_up=self.plan.pool_warm_up)
+                n_warm_up = self.plan.pool_warm_up if arm.is_ours else WARM_UP
+                start = time.monotonic()
+                process.call("decode", row=FIRST_ROW - WARM_UP, n=1, warm_up=n_warm_up)
+                a_token = (time.monotonic() - start) / (n_warm_up + 1)
+                found["round_s"] = a_token * (self.plan.tokens + WARM_UP)
+            else:
+                found["round_s"] = seconds * (1 + min(lengths) / longest)
             found["vram_bytes"] = process.call("vram")
             found["entered_s"] = time.monotonic() - began
             vram = f", {found['vram_bytes'] / 2**30:.2f} GiB" if found["vram_bytes"] else ""
@@ -300,7 +312,7 @@ class Run:
     def _ours_at(self, at: str) -> dict[str, Any] | None:
         """Return the arm of ours, LRU first, whose VRAM the vanilla arms at `at` get."""
         for arm in sorted(self.arms, key=lambda arm: arm.kind != "lru"):
-            found = self.result["arms"][arm.name]
+            found: dict[str, Any] = self.result["arms"][arm.name]
             if arm.is_ours and arm.at == at and "vram_bytes" in found:
                 return found
         return None

@@ -36,7 +36,7 @@ def test_native_code_is_formatted() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("package", ["fate_policy", "fate_bind"])
+@pytest.mark.parametrize("package", ["fate_policy", "fate_bind", "bench"])
 def test_types_are_right(package: str) -> None:
     check("mypy", "--strict", "-p", package)
 
