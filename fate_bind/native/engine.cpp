@@ -93,6 +93,10 @@ bool fate_engine::choose() {
     n_engaged_ = 0;
     n_whole_   = 0;
     n_slots_.assign(blocks_.size(), 0);
+    if (config_.mode == FATE_MODE_OFF) {
+        reason_ = "the mode is off";
+        return false;
+    }
     bool any_served = false;
     for (const auto & b : blocks_) {
         any_served = any_served || b->refused.empty();

@@ -20,7 +20,7 @@
 
 // fate_config with the list owned.
 struct fate_settings {
-    fate_config          config;
+    fate_config          config = {};
     std::vector<int32_t> slots_list;
 };
 

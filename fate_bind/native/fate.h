@@ -179,7 +179,7 @@ FATE_API const char * fate_system_info(void); // llama.cpp's backends and CPU fe
 FATE_API int32_t fate_configure(const fate_config * config);
 
 // For benchmarks: contexts made from now on while FATE is configured take the expert ids of their tokens from ids[n_tokens][n_layers][k], one row a token,
-// over and over, instead of from the router, whether they engage or not; a last layer that sees a step's wanted tokens only takes them for its last ones.
+// over and over, instead of from the router, whether they engage or not, with FATE_MODE_OFF too; a last layer that sees a step's wanted tokens only takes them for its last ones.
 // null: no longer. Copied; ids are distinct within a token and below n_experts.
 FATE_API int32_t fate_replay_routing(const int32_t * ids, int32_t n_tokens, int32_t n_layers, int32_t k);
 

@@ -40,7 +40,7 @@ fate_engine * fate_engine_of(const llama_context * ctx) {
 
 static std::unique_ptr<llama_engine_i> make_engine(llama_context & ctx) {
     auto current = fate_current_settings();
-    if (!current || n_no_engine > 0) {
+    if (!current || n_no_engine > 0 || (current->config.mode == FATE_MODE_OFF && !fate_current_routing())) {
         return nullptr;
     }
     return std::make_unique<fate_engine>(ctx, current);
@@ -91,6 +91,11 @@ int32_t fate_configure(const fate_config * config) {
         std::lock_guard<std::mutex> lock(settings_mutex);
         settings = next;
         refused_context.clear();
+        if (!next && config) { // for routing replay alone
+            next              = std::make_shared<fate_settings>();
+            next->config.mode = FATE_MODE_OFF;
+            settings          = next;
+        }
         static std::once_flag once;
         std::call_once(once, llama_set_engine_factory, make_engine); // makes none where settings is null
     });

@@ -56,7 +56,7 @@ def test_experts_that_all_fit_are_placed_in_vram(plain: Session, expected: list[
 def test_a_smaller_card_gets_fewer_slots(plain: Session, expected: list[np.ndarray]) -> None:
     outcomes = set()
     sizes: list[int] = []
-    for room in range(0, 600 * MIB, 4 * MIB):
+    for room in range(0, 600 * MIB, MIB):
         limit = used_vram() + room
         with plain.fork(policy="lru", slots="auto", vram=limit + MARGIN) as session:
             stats = session.stats()
