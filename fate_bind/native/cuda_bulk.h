@@ -63,13 +63,16 @@ private:
     std::vector<void *>                    to_; // copies to be made
     std::vector<const void *>              from_;
     std::vector<size_t>                    size_;
-    fate_cuda_event                        reached_;
-    std::vector<std::vector<part>>         parts_; // [layer][tensor]
-    std::vector<fate_cuda_batch>           batches_;
-    device_array<int32_t>                  before_;
-    device_array<uint8_t>                  touched_;
-    device_array<int64_t>                  clocks_;
-    int32_t *                              tables_     = nullptr; // pinned, [layer][stride]
-    bool                                   is_fetched_ = false;   // in this step
-    bool                                   is_busy_    = false;   // the engine may be copying
+#if defined(FATE_LATE_FILLS)
+    std::vector<size_t> alone_; // of size_, without tails
+#endif
+    fate_cuda_event                reached_;
+    std::vector<std::vector<part>> parts_; // [layer][tensor]
+    std::vector<fate_cuda_batch>   batches_;
+    device_array<int32_t>          before_;
+    device_array<uint8_t>          touched_;
+    device_array<int64_t>          clocks_;
+    int32_t *                      tables_     = nullptr; // pinned, [layer][stride]
+    bool                           is_fetched_ = false;   // in this step
+    bool                           is_busy_    = false;   // the engine may be copying
 };

@@ -3,6 +3,11 @@
 
 #include "cuda_layer.cuh"
 
+// Test builds: what is copied into slots and staging first holds NaNs, and comes late. Whoever reads too early is found out.
+#if defined(FATE_FAULT_LATE_FILLS) || defined(FATE_FAULT_NOT_AWAITED)
+#    define FATE_LATE_FILLS
+#endif
+
 enum fate_cuda_copy { FATE_COPY_FILL, FATE_COPY_SEED, FATE_COPY_STAGE };
 
 struct fate_cuda_piece {
@@ -86,6 +91,22 @@ static __device__ __forceinline__ void fate_store(const fate_cuda_piece & piece)
     }
 }
 
+#if defined(FATE_LATE_FILLS)
+template <fate_cuda_copy KIND, bool WIDE>
+static __device__ void fate_poison(const fate_cuda_layer & layer, const int32_t * experts, const int32_t * slots, const int32_t * slot_of,
+                                   const uint8_t * touched, uint32_t n_units, uint32_t total) {
+    for (uint32_t at = blockIdx.x * blockDim.x + threadIdx.x; at < total; at += gridDim.x * blockDim.x) {
+        fate_cuda_piece piece = fate_load<KIND, WIDE>(layer, experts, slots, slot_of, touched, n_units, at);
+        piece.data            = make_uint4(~0u, ~0u, ~0u, ~0u);
+        fate_store(piece);
+    }
+    __syncthreads();
+    for (unsigned i = 0; i <= blockIdx.x % 8; ++i) {
+        __nanosleep(10000);
+    }
+}
+#endif
+
 // The blocks of a launch copy n experts together.
 template <fate_cuda_copy KIND, bool WIDE>
 static __device__ void fate_copy(const fate_cuda_layer & layer, int n, const int32_t * experts, const int32_t * slots,
@@ -97,6 +118,11 @@ static __device__ void fate_copy(const fate_cuda_layer & layer, int n, const int
     const uint32_t total  = n_units * n;
     const uint32_t stride = gridDim.x * blockDim.x;
     uint32_t       at     = blockIdx.x * blockDim.x + threadIdx.x;
+#if defined(FATE_LATE_FILLS)
+    if (KIND == FATE_COPY_FILL) {
+        fate_poison<KIND, WIDE>(layer, experts, slots, slot_of, touched, n_units, total);
+    }
+#endif
 
     // a window of loads: the oldest is stored and makes room for the next, so that the link never runs dry
     fate_cuda_piece window[FATE_CUDA_LOADS];

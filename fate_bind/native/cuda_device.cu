@@ -41,6 +41,21 @@ void fate_device_mark(ggml_tensor * op, void (*launch)(ggml_tensor * dst, void *
     memcpy(reinterpret_cast<char *>(op->op_params) + GGML_CUDA_CUSTOM_OFFSET, &custom, sizeof(custom));
 }
 
+int64_t fate_device_captured_nodes(void * stream) {
+    cudaStreamCaptureStatus status;
+    cudaGraph_t             graph = nullptr;
+    size_t                  n     = 0;
+#if CUDART_VERSION >= 13000
+    FATE_CUDA(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, nullptr, &graph, nullptr, nullptr, nullptr));
+#else
+    FATE_CUDA(cudaStreamGetCaptureInfo_v2(static_cast<cudaStream_t>(stream), &status, nullptr, &graph, nullptr, nullptr));
+#endif
+    if (status == cudaStreamCaptureStatusActive) {
+        FATE_CUDA(cudaGraphGetNodes(graph, nullptr, &n));
+    }
+    return static_cast<int64_t>(n);
+}
+
 class fate_cuda_device final : public fate_device {
 public:
     fate_cuda_device(int ordinal, const fate_device_config & config);

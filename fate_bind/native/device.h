@@ -103,3 +103,5 @@ int32_t fate_device_max_rows(ggml_backend_dev_t dev, ggml_type type);
 void fate_device_mark(ggml_tensor * op, void (*launch)(ggml_tensor * dst, void * stream), bool is_eager);
 // Throws fate_error with what failed.
 std::unique_ptr<fate_device> fate_device_open(ggml_backend_dev_t dev, const fate_device_config & config);
+// Nodes in the graph that the stream is being captured into, 0: it is not.
+int64_t fate_device_captured_nodes(void * stream);

@@ -13,6 +13,10 @@ int32_t fate_device_max_rows(ggml_backend_dev_t, ggml_type) {
 
 void fate_device_mark(ggml_tensor *, void (*)(ggml_tensor *, void *), bool) {}
 
+int64_t fate_device_captured_nodes(void *) {
+    return 0;
+}
+
 std::unique_ptr<fate_device> fate_device_open(ggml_backend_dev_t dev, const fate_device_config &) {
     throw fate_error(FATE_STATUS_MODEL, fate_device_refuse(dev));
 }

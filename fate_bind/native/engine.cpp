@@ -569,6 +569,7 @@ fate_info fate_engine::info() const {
     info.tokens                    = tokens_;
     info.busy_us                   = busy_us_;
     info.pool_bytes                = pool_bytes_;
+    info.gpu_nodes                 = graph_nodes_;
     for (const auto & device : devices_) {
         int64_t launches = 0;
         int64_t captures = 0;

@@ -189,17 +189,18 @@ private:
     std::vector<int32_t> n_slots_;
     std::vector<int64_t> expert_bytes_;
 
-    bool              active_  = false; // graphs of the current ubatch go through the pool
-    bool              closing_ = false; // the backends and their streams are gone; written under policy_mutex_
-    std::atomic<bool> policy_failed_{ false };
-    std::mutex        policy_mutex_;    // a policy is asked by one thread at a time: that which decodes, or a GPU's service
-    fate_record       record_[2];
-    int32_t           current_    = 0;
-    int64_t           began_us_   = 0;
-    bool              held_back_  = false; // record_[1 - current_] waits to be delivered
-    bool              scores_due_ = false; // scores_ were handed over early, by flush()
-    bool              ran_        = false; // a layer ran in this step
-    std::string       error_;              // of an op; fails the ubatch
+    bool                 active_  = false; // graphs of the current ubatch go through the pool
+    bool                 closing_ = false; // the backends and their streams are gone; written under policy_mutex_
+    std::atomic<bool>    policy_failed_{ false };
+    std::mutex           policy_mutex_;    // a policy is asked by one thread at a time: that which decodes, or a GPU's service
+    fate_record          record_[2];
+    int32_t              current_    = 0;
+    int64_t              began_us_   = 0;
+    bool                 held_back_  = false; // record_[1 - current_] waits to be delivered
+    bool                 scores_due_ = false; // scores_ were handed over early, by flush()
+    bool                 ran_        = false; // a layer ran in this step
+    std::string          error_;              // of an op; fails the ubatch
+    std::atomic<int64_t> graph_nodes_{ 0 };   // of the newest captured graph, up to the last op of ours
 
     std::vector<float>   scores_;
     std::vector<float>   bonus_;

@@ -162,6 +162,7 @@ typedef struct fate_info {
     int64_t       pool_bytes;   // staging included
     int64_t       gpu_launches; // of ops of ours, by the host
     int64_t       gpu_captures; // of these, into a graph: replays of it launch without the host
+    int64_t       gpu_nodes;    // of the newest captured graph, up to the last op of ours in it
     int64_t       gpu_asks;     // callback mode: misses about which a GPU asked
     int64_t       gpu_timeouts; // of these, not answered in time: LRU decided
     int64_t       gpu_ask_us;   // that GPUs waited for answers

@@ -238,17 +238,18 @@ void fate_engine::launch_op(ggml_tensor * dst, void * stream) {
     fate_engine & engine = *self->engine;
     const block & b      = *engine.blocks_[self->layer];
     try {
+        engine.ran_ = engine.ran_ || self != &b.route_op;
         if (self == &b.route_op) {
             route(*self, dst, stream);
-            return;
-        }
-        engine.ran_ = true;
-        if (self->part >= 0) {
+        } else if (self->part >= 0) {
             b.device->launch_part(b.at, self->part, b.next && b.next->is_bulk, stream);
         } else if (self == &b.bulk_op) {
             b.device->launch_bulk(b.at, dst, stream);
         } else {
             b.device->launch(b.at, self->path, dst, stream);
+        }
+        if (const int64_t n = fate_device_captured_nodes(stream)) {
+            engine.graph_nodes_ = n;
         }
     } catch (const std::exception & e) {
         engine.error_ = e.what();

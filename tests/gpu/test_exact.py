@@ -211,6 +211,36 @@ def test_decode_is_one_captured_graph(mode: str, pooled: Session, tokens: list[i
         assert session.counters().totals()["steps"] == 100
 
 
+def graph_nodes(session: Session) -> int:
+    """Return the nodes of the newest captured graph up to the last op of ours in it."""
+    ffi, lib = library.load()
+    info = ffi.new("fate_info *")
+    library.check(lib.fate_engine_get_info(lib.fate_context_engine(session._context), info))
+    return int(info.gpu_nodes)
+
+
+def test_one_node_a_layer_is_all_that_a_decoded_token_has_more(tokens: list[int]) -> None:
+    """So upstream fuses what it does in the resident run. Routing is replayed, for an op of ours in both."""
+    ffi, lib = library.load()
+    ids = np.argsort(np.random.default_rng(1).random((64, N_LAYERS, N_EXPERTS)))[:, :, :K].astype(np.int32)
+    ids = np.ascontiguousarray(ids)
+    library.check(lib.fate_replay_routing(ffi.from_buffer("int32_t[]", ids), *ids.shape))
+    nodes = {}
+    try:
+        for name, options in (
+            ("resident", {"args": [*ARGS, *RESIDENT], "mode": "off", "place": False}),
+            ("pool", {"args": ARGS, "slots": 8, "require": True}),
+        ):
+            with Session(policy="lru", **options) as session:
+                for token in tokens[:6]:
+                    session.logits([token])
+                nodes[name] = graph_nodes(session)
+    finally:
+        library.check(lib.fate_replay_routing(ffi.NULL, 0, 0, 0))
+    assert nodes["resident"] > 0
+    assert nodes["pool"] == nodes["resident"] + N_LAYERS
+
+
 def test_large_prompts_are_never_captured(resident: Session, pooled: Session, tokens: list[int]) -> None:
     """What the copy engine brings depends on the slots at the time; a replay would bring others."""
     resident.clear()

@@ -1,0 +1,65 @@
+"""On a GPU: whoever reads what is copied before it is there reads NaNs, in a build that copies late."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from exactness.conftest import ROOT, Build, build
+
+__all__ = ["build"]  # a fixture
+
+pytestmark = [pytest.mark.gpu, pytest.mark.model, pytest.mark.native]
+
+CELLS = "test_same_bits_as_resident and lru and (min or 50) and (decode or prompts or mixed)"
+
+
+def tool(name: str) -> str:
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    assert found, f"{name} is needed"
+    return found
+
+
+def compiled(build: Build, fault: str) -> Path:
+    """Compile libfate as the active one is, with a fault."""
+    folder = ROOT / "build" / "tests" / f"gpu-{fault.lower()}"
+    kept = ("CMAKE_CUDA_", "FATE_CUDA_ARCH", "CMAKE_CXX_COMPILER:", "CMAKE_SHARED_LINKER_FLAGS:")
+    cache = (build.native / "CMakeCache.txt").read_text(encoding="utf-8").splitlines()
+    same = [f"-D{line}" for line in cache if line.startswith(kept) and ":STATIC=" not in line]
+    configure = [tool("cmake"), "-S", ROOT / "fate_bind" / "native", "-B", folder, "-G", "Ninja", *same]
+    configure += ["-DFATE_BACKEND=cuda", f"-DFATE_FAULT={fault}", f"-DFATE_BUILD_ID={build.build_id}"]
+    configure += [f"-DFATE_LLAMA_SRC={build.source}", f"-DFATE_LLAMA_BUILD={build.llama}"]
+    configure += [f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
+    for command in (configure, [tool("cmake"), "--build", folder, "--target", "fate"]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder
+
+
+def run(library: Path) -> subprocess.CompletedProcess[str]:
+    path = f"{library}:{os.environ.get('LD_LIBRARY_PATH', '')}"
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "tests/gpu/test_exact.py", "--all", "-q", "-k", CELLS],
+        env={**os.environ, "LD_LIBRARY_PATH": path},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_late_copies_change_nothing(build: Build) -> None:
+    done = run(compiled(build, "LATE_FILLS"))
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " 6 passed" in done.stdout
+
+
+def test_a_product_that_does_not_wait_is_caught(build: Build) -> None:
+    done = run(compiled(build, "NOT_AWAITED"))
+    assert done.returncode == 1, done.stdout[-3000:]
+    assert "prompts" in done.stdout
+    assert "rows differ" in done.stdout
