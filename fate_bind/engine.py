@@ -153,6 +153,7 @@ class Engine:
                 geometry=self.geometry,
                 counters=Counters(**columns, tokens=int(info.tokens), steps=int(info.steps)),
                 pool_bytes=int(info.pool_bytes),
+                bounced=library.text(ffi, info.bounced) if info.bounced else "",
                 asks=int(info.gpu_asks),
                 timeouts=int(info.gpu_timeouts),
                 ask_seconds=int(info.gpu_ask_us) / 1e6,

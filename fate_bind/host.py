@@ -81,6 +81,7 @@ class Host:
         config.expects = self._expects
         config.record = self.record is not None
         config.miss_timeout_seconds = self.config.miss_timeout_seconds
+        config.no_page_lock = not self.config.page_lock
         config.require = self.require
         config.slots_kind = getattr(lib, f"FATE_SLOTS_{slots.kind.upper()}")
         config.slots_value = float(slots.values[0]) if slots.values else 0.0

@@ -33,6 +33,7 @@ class Report:
     seconds: float
     record: str | None = None
     policy_error: str | None = None
+    bounced: str = ""
     asks: int = 0
     timeouts: int = 0
     ask_seconds: float = 0.0
@@ -80,6 +81,7 @@ def _add(one: Report, two: Report) -> Report:
         seconds=one.seconds + two.seconds,
         record=one.record,
         policy_error=one.policy_error or two.policy_error,
+        bounced=one.bounced,
         asks=one.asks + two.asks,
         timeouts=one.timeouts + two.timeouts,
         ask_seconds=one.ask_seconds + two.ask_seconds,
@@ -91,6 +93,7 @@ def as_dict(report: Report) -> dict[str, Any]:
 
     engaged : whether any layer ran through a pool;  reason : why not, or not in all layers; "" otherwise
     policy, mode : as configured;  policy_error : why the policy was given up for LRU, or null
+    bounced : why a GPU gets experts through a ring of pinned memory, which is slower; "" otherwise
     layers, layers_engaged : mixture-of-experts layers of the model, and those with a pool
     slots, pool_bytes : of all layers together
     routed ... evictions, rows, rows_all_resident, bytes, tokens, steps, all_resident : see `Counters`
@@ -116,6 +119,7 @@ def as_dict(report: Report) -> dict[str, Any]:
         "policy": report.policy,
         "mode": report.mode,
         "policy_error": report.policy_error,
+        "bounced": report.bounced,
         "layers": geometry.n_layers,
         "layers_engaged": report.n_layers_engaged,
         "slots": int(geometry.n_slots.sum()),
@@ -153,6 +157,8 @@ def summary(report: Report) -> str:
     lines = [f"fate: engaged in {report.n_layers_engaged} of {layers} MoE layers, {what}"]
     if report.reason:
         lines.append(f"  not in all    {report.reason}")
+    if report.bounced:
+        lines.append(f"  slower        experts go through a ring of pinned memory: {report.bounced}")
     if report.policy_error:
         lines.append(f"  policy failed {report.policy_error}; the run went on as lru")
     pooled = totals["hits"] + totals["misses"]

@@ -173,6 +173,7 @@ class Config:
     sync: bool
     refresh_tokens: int
     miss_timeout_seconds: float = 3.0
+    page_lock: bool = True
     vram: int | None = None
     vram_margin: int = 2**30
 
@@ -186,6 +187,7 @@ class Config:
             "sync": self.sync,
             "refresh_tokens": self.refresh_tokens,
             "miss_timeout_seconds": self.miss_timeout_seconds,
+            "page_lock": self.page_lock,
             "vram": self.vram,
             "vram_margin": self.vram_margin,
         }
@@ -243,6 +245,7 @@ def load(path_or_name: str | Path = "lru", overrides: Mapping[str, Any] | None =
         sync=checks.flag("sync", merged["sync"]),
         refresh_tokens=checks.integer("refresh_tokens", merged["refresh_tokens"], minimum=1),
         miss_timeout_seconds=checks.number("miss_timeout_seconds", merged["miss_timeout_seconds"], above=0),
+        page_lock=checks.flag("page_lock", merged["page_lock"]),
         vram=vram,
         vram_margin=parse_size("vram_margin", merged["vram_margin"]),
     )

@@ -4,6 +4,7 @@
 #include "cuda_check.h"
 #include "cuda_kernels.cuh"
 #include "cuda_launch.h"
+#include "cuda_ring.h"
 #include "device.h"
 #include "pin.h"
 
@@ -73,6 +74,7 @@ public:
     void             get_counters(std::vector<int64_t> & counters) const override;
     void             get_launches(int64_t & launches, int64_t & captures) const override;
     fate_device_asks get_asks() const override;
+    std::string      bounced() const override;
     void             get_tables(size_t layer, std::vector<int32_t> & slot_of, std::vector<int32_t> & expert_of) const override;
 
 private:
@@ -82,6 +84,7 @@ private:
     };
 
     parts          parts_of(int32_t n_tokens) const;
+    void           pin(const fate_device_config & config);
     void           bind(const fate_device_config & config);
     fate_cuda_call call_of(size_t layer, const ggml_tensor * dst);
     void           enqueue(uint8_t path, const fate_cuda_layer & layer, const fate_cuda_call & call);
@@ -95,6 +98,7 @@ private:
     bool                         chains_   = false; // programmatic dependent launch
     int                          n_blocks_ = 0;     // of kernels that have the device to themselves
     std::vector<fate_pin>        pins_;
+    std::string                  no_pin_;           // why there are none: experts come through the ring
     std::vector<fate_cuda_layer> layers_;
     size_t                       max_experts_ = 0;
     int32_t                      max_k_       = 0;
@@ -121,6 +125,7 @@ private:
     int64_t      n_captures_   = 0;
 
     std::unique_ptr<fate_cuda_callback> callback_; // null: table mode
+    std::unique_ptr<fate_cuda_ring>     ring_;     // null: kernels read experts from the page-locked source
 };
 
 static fate_cuda_tensor tensor_of(const fate_device_tensor & from, const void * source) {
@@ -143,8 +148,9 @@ fate_cuda_device::fate_cuda_device(int ordinal, const fate_device_config & confi
     FATE_CUDA(cudaDeviceGetAttribute(&n_blocks_, cudaDevAttrMultiProcessorCount, ordinal));
     chains_ = fate_cuda_chains(ordinal, reinterpret_cast<const void *>(fate_bring<false>));
 
-    for (const fate_host_range & range : config.ranges) {
-        pins_.emplace_back(range.data, range.size);
+    pin(config);
+    if (!no_pin_.empty()) {
+        ring_ = std::make_unique<fate_cuda_ring>(config.layers);
     }
     if (config.asker) {
         callback_ = std::make_unique<fate_cuda_callback>(*config.asker, config.timeout_ns);
@@ -152,6 +158,22 @@ fate_cuda_device::fate_cuda_device(int ordinal, const fate_device_config & confi
     bind(config);
     bulk_ = std::make_unique<fate_cuda_bulk>(ordinal, layers_, config_.layers, maps_.data, max_experts_);
     reset();
+}
+
+// All ranges or none.
+void fate_cuda_device::pin(const fate_device_config & config) {
+    if (!config.page_lock) {
+        no_pin_ = "page_lock is false";
+        return;
+    }
+    try {
+        for (const fate_host_range & range : config.ranges) {
+            pins_.emplace_back(range.data, range.size);
+        }
+    } catch (const fate_error & e) {
+        pins_.clear();
+        no_pin_ = e.what();
+    }
 }
 
 const void * fate_cuda_device::on_device(const void * p) const {
@@ -220,6 +242,7 @@ void fate_cuda_device::bind(const fate_device_config & config) {
         to.head      = head + i;
         to.counters  = reinterpret_cast<int64_t *>(back_.data + p.counters) + i * FATE_N_COUNTERS;
         to.desk      = callback_ ? callback_->desk() : nullptr;
+        to.ring      = ring_ ? ring_->desk() : nullptr;
         if (config.wants_steps) {
             to.step      = reinterpret_cast<fate_cuda_step *>(back_.data + p.steps) + i;
             to.fills     = reinterpret_cast<int32_t *>(back_.data + p.fills) + i * max_experts_;
@@ -228,7 +251,7 @@ void fate_cuda_device::bind(const fate_device_config & config) {
         uint64_t n_units = 0;
         to.is_wide       = true;
         for (int32_t t = 0; t < to.n_tensors; ++t) {
-            to.tensors[t] = tensor_of(from.tensors[t], on_device(from.tensors[t].source));
+            to.tensors[t] = tensor_of(from.tensors[t], ring_ ? nullptr : on_device(from.tensors[t].source));
             n_units += to.tensors[t].n_units + to.tensors[t].n_tail;
             to.is_wide = to.is_wide && to.tensors[t].width == 16;
         }
@@ -278,6 +301,9 @@ std::string fate_cuda_device::begin(int32_t n_tokens) {
     if (callback_) {
         callback_->wake();
     }
+    if (ring_) {
+        ring_->wake();
+    }
     if (!stream_) { // nothing has run
         return "";
     }
@@ -303,12 +329,17 @@ static fate_cuda_call seeds_of(const fate_cuda_layer & layer, const fate_cuda_ca
 
 void fate_cuda_device::enqueue(uint8_t path, const fate_cuda_layer & layer, const fate_cuda_call & call) {
     if (path == FATE_PATH_POOL) {
-        fate_cuda_launch(callback_ ? fate_bring<false, true> : fate_bring<false>, FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS,
-                         fate_bring_bytes(layer.n_experts), stream_, chains_, layer, call);
+        const auto bring = ring_ ? (callback_ ? fate_bring<false, true, true> : fate_bring<false, false, true>) :
+                                   (callback_ ? fate_bring<false, true> : fate_bring<false>);
+        fate_cuda_launch(bring, FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, fate_bring_bytes(layer.n_experts), stream_, chains_, layer, call);
         return;
     }
     bulk_->join(stream_);
-    fate_stage<<<n_blocks_, FATE_CUDA_THREADS, 0, stream_>>>(layer, call);
+    if (ring_) {
+        fate_stage_absent<<<FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, 0, stream_>>>(layer, call);
+        FATE_CUDA(cudaGetLastError());
+    }
+    fate_stage<<<n_blocks_, FATE_CUDA_THREADS, 0, stream_>>>(ring_ ? fate_staged_from_ring(layer) : layer, call);
     FATE_CUDA(cudaGetLastError());
     // from staging while it holds them
     fate_cuda_launch(callback_ ? fate_bring<true, true> : fate_bring<true>, n_blocks_, FATE_CUDA_THREADS, fate_bring_bytes(layer.n_experts),
@@ -355,7 +386,7 @@ void fate_cuda_device::launch(size_t layer, uint8_t path, ggml_tensor * dst, voi
 
 bool fate_cuda_device::is_bulk(size_t layer, int32_t n_rows) const {
     const fate_device_layer & l = config_.layers[layer];
-    return static_cast<int64_t>(n_rows) * l.k >= static_cast<int64_t>(BULK_USES) * l.n_experts;
+    return !ring_ && static_cast<int64_t>(n_rows) * l.k >= static_cast<int64_t>(BULK_USES) * l.n_experts;
 }
 
 void fate_cuda_device::launch_bulk(size_t layer, ggml_tensor * dst, void * stream) {
@@ -479,6 +510,10 @@ void fate_cuda_device::get_launches(int64_t & launches, int64_t & captures) cons
 
 fate_device_asks fate_cuda_device::get_asks() const {
     return callback_ ? callback_->get_asks() : fate_device_asks{};
+}
+
+std::string fate_cuda_device::bounced() const {
+    return no_pin_;
 }
 
 void fate_cuda_device::get_tables(size_t layer, std::vector<int32_t> & slot_of, std::vector<int32_t> & expert_of) const {

@@ -8,6 +8,7 @@
 
 #include "cuda_copy.cuh"
 #include "cuda_mailbox.cuh"
+#include "cuda_ring.cuh"
 
 #include <climits>
 
@@ -25,8 +26,8 @@ static inline size_t fate_bring_bytes(int32_t n_experts) {
 }
 
 // SEED false: the pool path's op. SEED true: admits the experts of the call's rows after a staged op, from staging; nothing is used or looked up.
-// ASK: callback mode, the host names the victims.
-template <bool SEED, bool ASK = false>
+// ASK: callback mode, the host names the victims. RING: experts come through the ring.
+template <bool SEED, bool ASK = false, bool RING = false>
 static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __grid_constant__ fate_cuda_layer layer,
                                                                        const __grid_constant__ fate_cuda_call  call) {
     extern __shared__ int64_t s_last_use[];                                              // by slot
@@ -152,7 +153,11 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
     if (tid == 0) {
         arrived = atomicAdd(&layer.head->arrived, 1);
     }
-    fate_copy<SEED ? FATE_COPY_SEED : FATE_COPY_FILL>(layer, n_missing, s_missing, s_target, nullptr, nullptr);
+    if constexpr (RING && !SEED) {
+        fate_ring_bring<false>(layer, n_missing, s_missing, s_target);
+    } else {
+        fate_copy<SEED ? FATE_COPY_SEED : FATE_COPY_FILL>(layer, n_missing, s_missing, s_target, nullptr, nullptr);
+    }
     if (tid == 0) {
         s_arrived = arrived;
     }

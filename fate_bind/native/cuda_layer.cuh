@@ -3,6 +3,7 @@
 
 #include "fate.h"
 #include "mailbox.h"
+#include "ring.h"
 #include "rule.h"
 
 #include <cuda_runtime.h>
@@ -54,6 +55,7 @@ struct fate_cuda_layer {
     fate_cuda_head * head;
     int64_t *        counters; // [FATE_N_COUNTERS]; routed and bytes follow from the others
     fate_desk *      desk;     // callback mode: where the host is asked
+    fate_ring_desk * ring;     // where experts come from if not straight from the source
 
     fate_cuda_step * step;     // null: not recorded
     int32_t *        fills;

@@ -80,6 +80,9 @@ public:
     // So far since the reset.
     virtual fate_device_asks get_asks() const = 0;
 
+    // Why experts go through a ring of pinned memory, "" if kernels read them where they are.
+    virtual std::string bounced() const = 0;
+
     // Waits until the device is idle.
     virtual void get_tables(size_t layer, std::vector<int32_t> & slot_of, std::vector<int32_t> & expert_of) const = 0;
 };
@@ -87,6 +90,7 @@ public:
 struct fate_device_config {
     std::vector<fate_device_layer> layers;
     std::vector<fate_host_range>   ranges;      // to page-lock
+    bool                           page_lock;   // false: ranges stay as they are
     int32_t                        max_tokens;  // of a step
     bool                           wants_steps; // records are collected
     bool                           weights;     // with router weights

@@ -201,6 +201,7 @@ void fate_engine::open_devices() {
     }
     for (ggml_backend_dev_t dev : devs) {
         fate_device_config config;
+        config.page_lock   = !config_.no_page_lock;
         config.max_tokens  = static_cast<int32_t>(ctx_.get_cparams().n_ubatch);
         config.wants_steps = wants_steps_;
         config.weights     = config_.record != 0;
@@ -227,6 +228,7 @@ void fate_engine::open_devices() {
             served.push_back(&b);
         }
         devices_.push_back(fate_device_open(dev, config));
+        bounced_ = devices_.back()->bounced().empty() ? bounced_ : devices_.back()->bounced();
         for (size_t i = 0; i < served.size(); ++i) {
             served[i]->device = devices_.back().get();
             served[i]->at     = i;
@@ -267,6 +269,7 @@ void fate_engine::give_up(const std::string & why) {
     engaged_    = false;
     n_engaged_  = 0;
     pool_bytes_ = 0;
+    bounced_.clear();
     n_slots_.assign(n_slots_.size(), 0);
     n_whole_ = 0;
     for (auto & b : blocks_) {
@@ -570,6 +573,7 @@ fate_info fate_engine::info() const {
     info.busy_us                   = busy_us_;
     info.pool_bytes                = pool_bytes_;
     info.gpu_nodes                 = graph_nodes_;
+    info.bounced                   = bounced_.c_str();
     for (const auto & device : devices_) {
         int64_t launches = 0;
         int64_t captures = 0;

@@ -171,7 +171,8 @@ private:
     std::vector<std::unique_ptr<fate_router>>        routers_;
 
     std::atomic<bool> engaged_{ false };
-    std::string       reason_; // why not, or why not wholly
+    std::string       reason_;  // why not, or why not wholly
+    std::string       bounced_; // why experts go through a ring
     std::string       model_name_;
     int32_t           n_engaged_   = 0;
     int32_t           n_whole_     = 0;

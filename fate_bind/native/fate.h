@@ -136,6 +136,7 @@ typedef struct fate_config {
     int32_t expects;              // 1: it wants to know the tokens that come (call on_expect too)
     int32_t record;               // 1: routing is recorded (call on_step)
     double  miss_timeout_seconds; // callback mode on a GPU: how long it waits for on_miss before LRU decides
+    int32_t no_page_lock;         // 1: the model's memory is not page-locked; a GPU's experts go through a small ring that is
     int32_t require; // 1: a context that does not engage is an error, unless another one is engaged (a draft model beside the main one)
     int32_t slots_kind;
     double  slots_value;
@@ -163,7 +164,8 @@ typedef struct fate_info {
     int64_t       gpu_launches; // of ops of ours, by the host
     int64_t       gpu_captures; // of these, into a graph: replays of it launch without the host
     int64_t       gpu_nodes;    // of the newest captured graph, up to the last op of ours in it
-    int64_t       gpu_asks;     // callback mode: misses about which a GPU asked
+    const char *  bounced;  // why a GPU's experts go through a ring of pinned memory, which is slower; "" if it reads them where they are
+    int64_t       gpu_asks; // callback mode: misses about which a GPU asked
     int64_t       gpu_timeouts; // of these, not answered in time: LRU decided
     int64_t       gpu_ask_us;   // that GPUs waited for answers
 } fate_info;

@@ -2,11 +2,8 @@
 #pragma once
 
 #include "mailbox.h"
+#include "poller.h"
 
-#include <atomic>
-#include <condition_variable>
-#include <mutex>
-#include <thread>
 #include <vector>
 
 // One op of a layer that missed. Arrays live until the call returns.
@@ -34,27 +31,17 @@ class fate_service {
 public:
     // Both outlive it.
     fate_service(fate_mailbox & box, fate_asker & asker);
-    ~fate_service();
 
     void wake(); // a step begins: questions may come
     void rest(); // the step's kernels are done; waits for an answer that is late
 
 private:
-    fate_service(const fate_service &)             = delete;
-    fate_service & operator=(const fate_service &) = delete;
-
-    void run();
-    void serve();
+    bool serve();
     void answer();
     bool is_valid(int32_t n) const;
 
     fate_mailbox &       box_;
     fate_asker &         asker_;
     std::vector<int32_t> victims_;
-
-    std::mutex              mutex_;
-    std::condition_variable changed_;
-    std::atomic<bool>       is_awake_{ false };
-    bool                    is_over_ = false;
-    std::thread             thread_; // last: it uses the others
+    fate_poller          poller_; // last: it uses the others
 };

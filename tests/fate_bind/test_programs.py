@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -343,3 +344,16 @@ def test_engines_of_the_same_shape_are_added_up() -> None:
         (False, 0, 1.0),
     ]
     assert stats.as_dict(merged[0])["all_resident"] is None
+
+
+def test_what_is_slower_on_a_gpu_is_said() -> None:
+    geometry = Geometry(*(np.full(1, value, np.int32) for value in (8, 2, 4)), np.full(1, 100, np.int64))
+    plain = stats.Report(True, "", "m", "lru", "callback", geometry, Counters.zeros(1), 1, 0.0, 1.0)
+    assert "asked" not in stats.summary(plain)
+    assert "ring" not in stats.summary(plain)
+    slow = replace(plain, asks=4, timeouts=1, ask_seconds=2e-4, bounced="the page-lock limit is 8 MiB")
+    both = stats.merge([slow, slow])[0]
+    told = stats.summary(both)
+    assert "asked         8 times, 50.0 us each; 2 not answered in time, lru decided" in told
+    assert "slower        experts go through a ring of pinned memory: the page-lock limit is 8 MiB" in told
+    assert {"asks": 8, "timeouts": 2, "bounced": slow.bounced}.items() <= stats.as_dict(both).items()

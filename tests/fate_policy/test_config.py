@@ -30,7 +30,7 @@ def test_reference_is_the_defaults() -> None:
 def test_reference_has_a_block_for_every_built_in_policy() -> None:
     keys = yaml.safe_load(REFERENCE.read_text(encoding="utf-8"))
     general = {"policy", "mode", "slots", "vram", "vram_margin", "sync", "refresh_tokens", "params"}
-    general |= {"miss_timeout_seconds"}
+    general |= {"miss_timeout_seconds", "page_lock"}
     assert set(keys) - general == set(registry.BUILT_IN)
 
 
@@ -44,6 +44,7 @@ def test_a_file_says_what_differs(tmp_path: Path) -> None:
         "sync": False,
         "refresh_tokens": 1,
         "miss_timeout_seconds": 3.0,
+        "page_lock": True,
         "vram": None,
         "vram_margin": 2**30,
     }

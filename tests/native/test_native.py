@@ -59,7 +59,9 @@ def programs(request: pytest.FixtureRequest) -> Programs:
     return Programs(kind, folder)
 
 
-@pytest.mark.parametrize("name", ["test-layer", "test-capacity", "test-record", "test-service"])
+@pytest.mark.parametrize(
+    "name", ["test-layer", "test-capacity", "test-record", "test-service", "test-courier"]
+)
 def test_unit(programs: Programs, name: str) -> None:
     assert re.search(r": [1-9]\d* checks, 0 failed", programs.run(name))
 

@@ -1,7 +1,9 @@
-// The kernels against the host's layer: same tables, slots, counters and bytes after every step of random traces.
+// The kernels against the host's layer: same tables, slots, counters and bytes after every step of random traces; experts straight from pinned memory
+// and through the ring.
 #include "check.h"
 #include "cuda_check.h"
 #include "cuda_kernels.cuh"
+#include "cuda_ring.h"
 #include "layer.h"
 
 #include <algorithm>
@@ -37,7 +39,7 @@ template <typename T> static std::vector<T> host(const T * p, size_t n) {
     return out;
 }
 
-static void run(const shape & s, int n_steps, uint32_t seed) {
+static void run(const shape & s, bool through_ring, int n_steps, uint32_t seed) {
     std::mt19937    random(seed);
     const int32_t   max_rows = 40;
     fate_cuda_layer layer;
@@ -69,7 +71,7 @@ static void run(const shape & s, int n_steps, uint32_t seed) {
         slots.push_back(device<char>(n * s.n_slots));
         staging.push_back(device<char>(n * s.n_experts + s.tail));
         fate_cuda_tensor & to = layer.tensors[t];
-        to.source             = source;
+        to.source             = through_ring ? nullptr : source;
         to.slots              = slots.back();
         to.staging            = staging.back();
         to.expert_bytes       = n;
@@ -77,6 +79,17 @@ static void run(const shape & s, int n_steps, uint32_t seed) {
         to.n_units            = static_cast<uint32_t>(n / to.width);
         to.n_tail             = static_cast<uint32_t>(s.tail / to.width);
         layer.is_wide         = layer.is_wide && to.width == 16;
+    }
+
+    std::unique_ptr<fate_cuda_ring> ring;
+    if (through_ring) {
+        fate_device_layer from = { 0, s.n_experts, s.k, s.n_slots, {} };
+        for (size_t t = 0; t < s.expert_bytes.size(); ++t) {
+            from.tensors.push_back({ sources[t], slots[t], staging[t], s.expert_bytes[t], s.tail });
+        }
+        ring       = std::make_unique<fate_cuda_ring>(std::vector<fate_device_layer>{ from });
+        layer.ring = ring->desk();
+        ring->wake();
     }
 
     fate_layer        twin(s.n_experts, s.k, s.n_slots, 1);
@@ -128,10 +141,15 @@ static void run(const shape & s, int n_steps, uint32_t seed) {
         call.record_hits    = hit;
         call.record_weights = weight;
         if (pooled) {
-            fate_bring<false><<<FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, fate_bring_bytes(s.n_experts)>>>(layer, call);
+            const auto bring = through_ring ? fate_bring<false, false, true> : fate_bring<false>;
+            bring<<<FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, fate_bring_bytes(s.n_experts)>>>(layer, call);
             twin.resolve(twin_ids, false, io, twin_slots.data(), twin_hits.data());
         } else {
-            fate_stage<<<20, FATE_CUDA_THREADS>>>(layer, call);
+            if (through_ring) {
+                fate_stage_absent<<<FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS>>>(layer, call);
+                FATE_CUDA(cudaGetLastError());
+            }
+            fate_stage<<<20, FATE_CUDA_THREADS>>>(through_ring ? fate_staged_from_ring(layer) : layer, call);
             FATE_CUDA(cudaGetLastError());
             // the staged experts, and what a kernel reads past them
             for (size_t t = 0; t < sources.size(); ++t) {
@@ -142,8 +160,13 @@ static void run(const shape & s, int n_steps, uint32_t seed) {
                     touched[rows[i / s.k * stride + i % s.k]] = 1;
                 }
                 for (int32_t e = 0; e < s.n_experts; ++e) {
-                    const size_t past = std::min(s.tail, n * (s.n_experts - 1 - e));
+                    // through the ring what follows is zero where it is not another touched expert's
+                    const size_t past = through_ring ? 0 : std::min(s.tail, n * (s.n_experts - 1 - e));
                     CHECK(!touched[e] || memcmp(held.data() + e * n, sources[t] + e * n, n + past) == 0);
+                    for (size_t i = (e + 1) * n; through_ring && touched[e] && i < (e + 1) * n + s.tail; ++i) {
+                        const size_t owner = i / n;
+                        CHECK(held[i] == (owner < touched.size() && touched[owner] ? sources[t][i] : 0));
+                    }
                 }
                 CHECK(std::all_of(held.end() - static_cast<std::ptrdiff_t>(s.tail), held.end(), [](char c) { return c == 0; }));
             }
@@ -219,11 +242,15 @@ int main() {
         { 256,  8, 100, { 1024, 36 },            0   },
         { 1024, 8, 700, { 256 },                 512 },
         { 1000, 1, 2,   { 112 },                 0   },
+        { 16,   4, 8,   { 3000000, 700001 },     512 },
     };
     try {
         uint32_t seed = 1;
         for (const shape & s : shapes) {
-            run(s, s.n_experts > 200 ? 60 : 150, seed++);
+            for (const bool through_ring : { false, true }) {
+                run(s, through_ring, s.n_experts > 200 || s.expert_bytes[0] > 100000 ? 60 : 150, seed);
+            }
+            ++seed;
         }
     } catch (const std::exception & e) {
         fprintf(stderr, "%s\n", e.what());
