@@ -88,6 +88,9 @@ def install(loaded: library.Library) -> None:
 
         return guarded(user, call)
 
+    def fate_py_wait(user: Any) -> None:
+        """Let Python run the handlers of signals, which it does between two instructions of its own."""
+
     def fate_py_close(user: Any, engine: Any) -> None:
         guarded(user, lambda host: host.close(engine))
 
@@ -100,7 +103,8 @@ def install(loaded: library.Library) -> None:
 
     for function in (fate_py_open, fate_py_step, fate_py_expect, fate_py_miss):
         ffi.def_extern(error=int(lib.FATE_STATUS_POLICY), onerror=stray)(function)
-    ffi.def_extern(onerror=stray)(fate_py_close)
+    for event in (fate_py_close, fate_py_wait):
+        ffi.def_extern(onerror=stray)(event)
     ffi.def_extern()(fate_py_interrupt)
 
 

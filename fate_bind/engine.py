@@ -190,14 +190,14 @@ class Engine:
     @contextmanager
     def _asking(self, began: float) -> Iterator[None]:
         """Count the time since `began` as the policy's; note its failure, but let it pass."""
-        interrupts.is_in_policy = True
+        interrupts.policy_thread = threading.get_ident()
         try:
             yield
         except BaseException as error:
             self._policy_error = f"{type(error).__name__}: {error}"
             raise
         finally:
-            interrupts.is_in_policy = False
+            interrupts.policy_thread = None
             self._seconds += time.perf_counter() - began
 
     def _append(self, step: Step) -> None:

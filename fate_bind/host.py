@@ -89,7 +89,7 @@ class Host:
         config.vram_bytes, config.vram_margin = self.config.vram or 0, self.config.vram_margin
         config.on_open, config.on_step = lib.fate_py_open, lib.fate_py_step
         config.on_expect, config.on_miss = lib.fate_py_expect, lib.fate_py_miss
-        config.on_close = lib.fate_py_close
+        config.on_wait, config.on_close = lib.fate_py_wait, lib.fate_py_close
         config.user = self._handle
         with _one_configuration:
             library.check(lib.fate_configure(config))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-is_in_policy = False
-"""The engine calls code of the policy's, which may never return: a second Ctrl-C breaks it off."""
+policy_thread: int | None = None
+"""Where the engine calls code of the policy's, which may never return: a second Ctrl-C breaks it off."""
 
 _is_held = False
 _late: list[int] = []
@@ -37,8 +38,8 @@ def held(*, may_raise: bool = True) -> Iterator[None]:
 
     def note(number: int, frame: FrameType | None) -> None:
         pressed.append(number)
-        if is_in_policy and len(pressed) > 1:
-            raise KeyboardInterrupt
+        if policy_thread is not None and len(pressed) > 1:
+            _break_off(policy_thread)
 
     signal.signal(signal.SIGINT, note)
     _is_held = True
@@ -52,3 +53,10 @@ def held(*, may_raise: bool = True) -> Iterator[None]:
         elif pressed or _late:
             _late.clear()
             handler(signal.SIGINT, None)
+
+
+def _break_off(thread: int) -> None:
+    """Raise `KeyboardInterrupt` in a thread: at once in this one, in another at its next instruction."""
+    if thread == threading.get_ident():
+        raise KeyboardInterrupt
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(KeyboardInterrupt))

@@ -47,7 +47,7 @@ static __device__ void fate_post(const fate_cuda_layer & layer, const fate_cuda_
     int64_t        began = 0;
     if (tid == 0) {
         began     = io.now_ns();
-        s_verdict = fate_mailbox_claim(desk, box, began + desk.timeout_ns, io) ? -1 : static_cast<int>(FATE_VERDICT_NONE);
+        s_verdict = fate_mailbox_claim(desk, box, io) ? -1 : static_cast<int>(FATE_VERDICT_NONE);
     }
     __syncthreads();
     if (s_verdict < 0) {

@@ -539,6 +539,12 @@ void fate_engine::reject() {
     fail_policy();
 }
 
+void fate_engine::wait() {
+    if (config_.on_wait) {
+        config_.on_wait(config_.user);
+    }
+}
+
 //
 // what others read
 //

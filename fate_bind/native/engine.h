@@ -134,6 +134,7 @@ private:
     void measure();
     bool ask(const fate_miss & miss, int32_t * victims) override;
     void reject() override;
+    void wait() override;
 
     void        engage();
     bool        choose();

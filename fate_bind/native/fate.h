@@ -126,6 +126,8 @@ typedef int32_t (*fate_expect_fn)(void * user, fate_engine * engine, int32_t n_t
 // A GPU does not follow an answer that comes after miss_timeout_seconds; the step's evictions then tell what went.
 typedef int32_t (*fate_miss_fn)(void * user, fate_engine * engine, int32_t layer, int32_t n_needed, const int32_t * needed,
                                 int32_t n_missing, const int32_t * missing, const int64_t * last_use, int32_t n_victims, int32_t * victims);
+// Some 20 times a second on the thread that decodes, while it waits for an on_miss that is late: the host may handle signals. Returns at once.
+typedef void (*fate_wait_fn)(void * user);
 // The context ends; the engine is valid until this returns.
 typedef void (*fate_close_fn)(void * user, fate_engine * engine);
 
@@ -148,6 +150,7 @@ typedef struct fate_config {
     fate_step_fn    on_step;
     fate_expect_fn  on_expect;
     fate_miss_fn    on_miss;
+    fate_wait_fn    on_wait;
     fate_close_fn   on_close;
     void *          user;
 } fate_config;

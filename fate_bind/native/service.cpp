@@ -4,7 +4,8 @@
 #include <chrono>
 #include <thread>
 
-static const auto WAIT = std::chrono::microseconds(100); // between two looks for a late answer
+static const auto WAIT = std::chrono::milliseconds(1); // between two looks for a late answer
+static const int  TELL = 50;                           // looks after which the asker is told
 
 fate_service::fate_service(fate_mailbox & box, fate_asker & asker) :
     box_(box),
@@ -17,8 +18,11 @@ void fate_service::wake() {
 }
 
 void fate_service::rest() {
-    while (fate_load_acquire(box_.asked) != fate_load_acquire(box_.answered)) {
+    for (int i = 1; fate_load_acquire(box_.asked) != fate_load_acquire(box_.answered); ++i) {
         std::this_thread::sleep_for(WAIT);
+        if (i % TELL == 0) {
+            asker_.wait();
+        }
     }
     poller_.rest();
 }

@@ -25,6 +25,7 @@ public:
     // Fills victims[n_victims]; false: the rule decides.
     virtual bool ask(const fate_miss & miss, int32_t * victims) = 0;
     virtual void reject()                                       = 0; // the answer was none: the rule decides
+    virtual void wait()                                         = 0; // now and then, on the thread that waits for a late answer
 };
 
 class fate_service {

@@ -169,6 +169,37 @@ def test_a_second_ctrl_c_breaks_off_a_policy_that_hangs(script: Any, model: Path
     assert (done.returncode, done.stdout, done.stderr) == (0, "broken off\nKeyboardInterrupt:  3 3\n", "")
 
 
+@pytest.mark.usefixtures("default_handler")
+def test_a_second_ctrl_c_breaks_off_a_policy_on_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's misses are answered on a thread of the engine's, while this one waits in C."""
+    broken = []
+
+    def hang() -> None:
+        monkeypatch.setattr(interrupts, "policy_thread", threading.get_ident())
+        try:
+            while True:
+                time.sleep(0.01)
+        except KeyboardInterrupt:
+            broken.append(True)
+
+    thread = threading.Thread(target=hang)
+
+    def work() -> None:
+        with interrupts.held():
+            thread.start()
+            while interrupts.policy_thread is None:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+            thread.join(0.3)
+            assert thread.is_alive()
+            os.kill(os.getpid(), signal.SIGINT)
+            thread.join(10)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert broken == [True]
+
+
 @pytest.mark.parametrize("name", ["fate_py_open", "fate_py_step", "fate_py_miss", "fate_py_close"])
 def test_an_exception_at_the_first_bytecode_of_a_callback_is_raised_by_the_call(
     fake: Library, model: Path, capfd: pytest.CaptureFixture[str], name: str

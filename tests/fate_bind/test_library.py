@@ -22,7 +22,8 @@ def test_cdef_declares_every_function_of_the_header() -> None:
 def test_cdef_makes_a_python_callback_of_every_callback_type() -> None:
     python = _build_ffi.cdef(HEADER).partition('extern "Python"')[2]
     assert all(
-        f"fate_py_{name}(" in python for name in ("open", "step", "expect", "miss", "close", "interrupt")
+        f"fate_py_{name}(" in python
+        for name in ("open", "step", "expect", "miss", "wait", "close", "interrupt")
     )
     assert python.count("(") == HEADER.count("_fn)(") == 6
 
