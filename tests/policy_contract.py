@@ -188,9 +188,11 @@ class PolicyContract:
         pinned = np.zeros(16, np.bool_)
         pinned[:2] = True
         for start in range(0, 60, 3):
-            step = make_step(random_ids(60, SYNTHETIC, 5)[start : start + 3])
+            ids = random_ids(60, SYNTHETIC, 5)[start : start + 3]
+            used = np.unique(ids[:, 1]).astype(np.int32)
+            step = make_step(ids, fills=np.stack([np.ones_like(used), used], axis=1))
             for driver in (often, once):
-                driver.admit(1, np.unique(step.ids[:, 1]).astype(np.int32))
+                driver.admit(1, used)
                 driver.observe(step)
             answers = [often.victims(1, 2, pinned).tolist() for _ in range(3)]
             scores = [asked_often.scores(often.history) for _ in range(2)]

@@ -2,6 +2,7 @@
 #include "check.h"
 #include "cuda_callback.h"
 #include "cuda_kernels.cuh"
+#include "cuda_ring.h"
 #include "layer.h"
 
 #include <algorithm>
@@ -121,7 +122,7 @@ template <typename T> static void make(device_array<T> & a, size_t n, int byte =
     FATE_CUDA(cudaMemset(a.data, byte, n * sizeof(T)));
 }
 
-static void run(const shape & s, int n_steps, uint32_t seed) {
+static void run(const shape & s, bool through_ring, int n_steps, uint32_t seed) {
     const int32_t max_rows = s.n_slots / s.k + 8; // of a prompt
     const int32_t stride   = s.k + 1;
     std::mt19937  random(seed);
@@ -179,6 +180,16 @@ static void run(const shape & s, int n_steps, uint32_t seed) {
     layer.evictions  = evictions.data;
     layer.tensors[0] = { source.data, slots.data, staging.data, s.expert_bytes, static_cast<uint32_t>(s.expert_bytes / 16), 0, 16 };
 
+    std::unique_ptr<fate_cuda_ring> ring;
+    if (through_ring) {
+        fate_device_layer from = { INDEX, s.n_experts, s.k, s.n_slots, {} };
+        from.tensors.push_back({ source.data, slots.data, staging.data, s.expert_bytes, 0 });
+        ring                    = std::make_unique<fate_cuda_ring>(std::vector<fate_device_layer>{ from });
+        layer.ring              = ring->desk();
+        layer.tensors[0].source = nullptr;
+        ring->wake();
+    }
+
     fate_cuda_call call = {};
     call.ids            = reinterpret_cast<const char *>(ids.data);
     call.stride         = stride * 4;
@@ -193,7 +204,8 @@ static void run(const shape & s, int n_steps, uint32_t seed) {
     cudaGraphExec_t decode;
     FATE_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     FATE_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed));
-    fate_bring<false, true><<<FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, fate_bring_bytes(s.n_experts), stream>>>(layer, call);
+    const auto bring = through_ring ? fate_bring<false, true, true> : fate_bring<false, true>;
+    bring<<<FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, fate_bring_bytes(s.n_experts), stream>>>(layer, call);
     FATE_CUDA(cudaStreamEndCapture(stream, &graph));
     FATE_CUDA(cudaGraphInstantiate(&decode, graph, 0));
 
@@ -229,7 +241,10 @@ static void run(const shape & s, int n_steps, uint32_t seed) {
             FATE_CUDA(cudaGraphLaunch(decode, stream));
         } else {
             call.n_rows = n_rows;
-            fate_stage<<<20, FATE_CUDA_THREADS, 0, stream>>>(layer, call);
+            if (through_ring) {
+                fate_stage_absent<<<FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, 0, stream>>>(layer, call);
+            }
+            fate_stage<<<20, FATE_CUDA_THREADS, 0, stream>>>(through_ring ? fate_staged_from_ring(layer) : layer, call);
             fate_cuda_call seeds = call;
             seeds.n_rows         = std::min(n_rows, s.n_slots / s.k);
             seeds.ids            = call.ids + (n_rows - seeds.n_rows) * call.stride;
@@ -318,7 +333,8 @@ int main() {
     try {
         uint32_t seed = 1;
         for (const shape & s : shapes) {
-            run(s, 200, seed++);
+            run(s, seed % 2 == 0, 200, seed);
+            ++seed;
         }
     } catch (const std::exception & e) {
         fprintf(stderr, "%s\n", e.what());
