@@ -38,6 +38,7 @@ def serve(fitted: Model, trace: Trace, *, learn: bool = True) -> Tables:
     """
     if shape_of(trace).n_experts.tolist() != fitted.shape.n_experts.tolist():
         raise TraceError("the trace is of a model with other layers or experts than the one fitted")
+    fitted.check_names(trace.token_names)
     state = fitted.features()
     state.learning = learn
     scorers = {head.name: Scorer(fitted, head) for head in fitted.heads}

@@ -17,12 +17,16 @@ NOT_RUN, POOL, STAGED, BYPASS = 0, 1, 2, 3
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """The mixture-of-experts layers of a model, and their slots. Arrays of shape (n_layers,)."""
+    """The mixture-of-experts layers of a model, and their slots. Arrays of shape (n_layers,).
+
+    token_names : what tokens are named by: "id", "crc32" of their text, or "none"; the engine tells ids
+    """
 
     n_experts: NDArray[np.int32]
     k: NDArray[np.int32]
     n_slots: NDArray[np.int32]
     expert_bytes: NDArray[np.int64]
+    token_names: str = "id"
 
     @property
     def n_layers(self) -> int:

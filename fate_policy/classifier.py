@@ -50,6 +50,7 @@ class Classifier(Policy):
                 raise PolicyConfigError(
                     f"model: {self.model} was fitted for {what} {own}, and this model has {asked}"
                 )
+        fitted.check_names(geometry.token_names)
         share = float(geometry.n_slots.sum() / max(1, geometry.n_experts.sum()))
         self._heads = {kind: fitted.head(kind, share) for kind in ("now", "keep", "late")}
         self._scorers = {kind: Scorer(fitted, head) for kind, head in self._heads.items()}

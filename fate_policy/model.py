@@ -71,6 +71,15 @@ class Model:
     tables: tuple[tuple[list[Any], NDArray[np.float32], NDArray[np.float16]], ...] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
 
+    def check_names(self, token_names: str) -> None:
+        """Raise `PolicyConfigError` if tokens are named by something else than in training."""
+        own = self.meta.get("tokens", token_names)
+        if own != token_names:
+            raise PolicyConfigError(
+                f"model: tokens are named by {token_names} here, and it was fitted on tokens named by {own}; "
+                "fit it on a trace of the same kind (`fate run --fate-record` names them by id)"
+            )
+
     def features(self, *, table_mb: float = 256) -> Features:
         """Return the features' state as it was when training ended."""
         state = Features(self.shape, self.basis, self.center, table_mb=table_mb)

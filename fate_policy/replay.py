@@ -65,6 +65,8 @@ def replay(
             driver.expect(trace.tokens[start:stop], trace.sequence[start:stop])
             run.publish()
             driver.observe(run.step(trace, start, stop, path[start:stop]))
+    if behind is not None:
+        driver.observe(behind)
     return run.counters
 
 
@@ -91,6 +93,7 @@ def geometry_of(trace: Trace, n_slots: Any = None) -> Geometry:
         k=np.array(meta["k"], np.int32),
         n_slots=slots,
         expert_bytes=expert_bytes,
+        token_names=trace.token_names,
     )
 
 
@@ -115,7 +118,11 @@ class _Replay:
     def step(self, trace: Trace, start: int, stop: int, path: NDArray[np.uint8]) -> Step:
         ids = trace.experts(start, stop)
         ids[path == NOT_RUN] = -1
-        hits = np.zeros(ids.shape, np.uint8)
+        pooled = path == POOL
+        by_use = ids.transpose(1, 0, 2)[:, :, ::-1]
+        ran = by_use >= 0
+        hits = (ids >= 0) & pooled[:, :, None]
+        n_rows = pooled.sum(axis=0).tolist()
         fills: list[tuple[int, int]] = []
         evictions: list[tuple[int, int]] = []
         counters = self.counters
@@ -123,18 +130,19 @@ class _Replay:
         for layer, (table, kind) in enumerate(zip(self.tables, kinds, strict=True)):
             if kind == NOT_RUN:
                 continue
-            ran = (best_last := ids[:, layer, ::-1]) >= 0
-            uses = best_last[ran]
+            uses = by_use[layer][ran[layer]]
             if kind == POOL:
-                missed = np.zeros(ran.shape, np.bool_)
-                missed[ran] = miss = self._bring(layer, uses, fills, evictions)
-                hits[:, layer, ::-1] = ran & ~missed
-                n_misses = int(np.count_nonzero(miss))
+                miss = self._bring(layer, uses, fills, evictions)
+                n_misses = n_short = int(np.count_nonzero(miss))
+                if n_misses:
+                    missed = np.zeros(ran[layer].shape, np.bool_)
+                    missed[ran[layer]] = miss
+                    hits[:, layer, ::-1] &= ~missed
+                    n_short = int(np.count_nonzero(missed.any(axis=1)))
                 counters.misses[layer] += n_misses
                 counters.hits[layer] += len(uses) - n_misses
-                rows = ran.any(axis=1)
-                counters.rows[layer] += np.count_nonzero(rows)
-                counters.rows_all_resident[layer] += np.count_nonzero(rows & ~missed.any(axis=1))
+                counters.rows[layer] += n_rows[layer]
+                counters.rows_all_resident[layer] += n_rows[layer] - n_short
             else:
                 (counters.staged if kind == STAGED else counters.bypassed)[layer] += len(uses)
             counters.routed[layer] += len(uses)
@@ -153,7 +161,7 @@ class _Replay:
             tokens=trace.tokens[start:stop],
             positions=trace.position[start:stop],
             sequences=trace.sequence[start:stop],
-            hits=hits,
+            hits=hits.view(np.uint8),
             fills=np.array(fills, np.int32).reshape(-1, 2),
             evictions=np.array(evictions, np.int32).reshape(-1, 2),
         )
@@ -171,6 +179,8 @@ class _Replay:
             uses, (lambda n, pinned: driver.victims(layer, n, pinned, table.last_use)) if asks else None
         )
         filled = uses[miss]
+        if not len(filled):
+            return miss
         for experts, moves, count, event in (
             (evicted, evictions, self.counters.evictions, driver.drop),
             (filled, fills, self.counters.fills, driver.admit),

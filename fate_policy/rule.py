@@ -65,6 +65,8 @@ class LayerTable:
     def misses(self, uses: NDArray[np.integer]) -> NDArray[np.bool_]:
         """Say for each use whether it is the first use of an absent expert."""
         miss: NDArray[np.bool_] = self.slot_of[uses] < 0
+        if len(uses) == 1 or not miss.any():
+            return miss
         seen: set[int] = set()
         for i in miss.nonzero()[0].tolist():
             expert = int(uses[i])

@@ -82,6 +82,13 @@ class Trace:
             return self.token_id
         return (self.token_hash & 0x7FFFFFFF).astype(np.int32)
 
+    @property
+    def token_names(self) -> str:
+        """Say what `tokens` are: the "id" of each, the "crc32" of its text, or "none"."""
+        if (self.token_id >= 0).any():
+            return "id"
+        return "none" if self.token_hash is None else "crc32"
+
     def step_bounds(self) -> NDArray[np.int64]:
         """Return where each step starts, and at the end the number of tokens."""
         changes = np.flatnonzero(np.diff(self.step)) + 1

@@ -66,6 +66,8 @@ def fit(traces: Sequence[Trace], options: Options | None = None, say: Say = lamb
     shape = shape_of(traces[0])
     if any(shape_of(trace).n_experts.tolist() != shape.n_experts.tolist() for trace in traces):
         raise TraceError("the traces to train on are of models with different layers or experts")
+    if len(names := sorted({trace.token_names for trace in traces})) > 1:
+        raise TraceError(f"the traces to train on name tokens differently: by {' and by '.join(names)}")
     basis, center = _basis(traces, shape, options.rank_basis)
     say("features")
     seen = _follow(traces, shape, basis, center, options)
@@ -100,7 +102,7 @@ def fit(traces: Sequence[Trace], options: Options | None = None, say: Say = lamb
             "sklearn": version("scikit-learn"),
             "model": traces[0].meta.get("model"),
             "traces": [trace.hash() for trace in traces],
-            "tokens": identity(traces[0]),
+            "tokens": traces[0].token_names,
             "estimator": options.estimator or "linear",
             "seed": options.seed,
             "prompts": len(np.unique(seen.prompt)),
@@ -120,13 +122,6 @@ def importances(
         head.name: dict(zip(INPUTS, (np.abs(head.coef) * spread).mean(axis=0).tolist(), strict=True))
         for head in fitted.heads
     }
-
-
-def identity(trace: Trace) -> str:
-    """Say what names a token in this trace: its id, or the CRC-32 of its text, or nothing."""
-    if (trace.token_id >= 0).any():
-        return "id"
-    return "crc32" if trace.token_hash is not None else "none"
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,8 @@ import pytest
 
 # llama.cpp's threads spin while they wait; on a busy machine that costs seconds a token
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# and the matrices of the tests are too small for more than one thread
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDS_ALL = ("model", "native", "slow")

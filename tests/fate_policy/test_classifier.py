@@ -22,13 +22,19 @@ from fate_policy.assess import serve
 from fate_policy.base import Geometry, Policy
 from fate_policy.classifier import Classifier
 from fate_policy.driver import Driver
-from fate_policy.errors import PolicyConfigError
+from fate_policy.errors import PolicyConfigError, TraceError
 from fate_policy.kernels import Routing, simulate_scores
 from fate_policy.model import Model
 from fate_policy.replay import geometry_of, replay
 
 SMALL = train.Options(
-    sample_every=2, rank_basis=16, rank=16, n_folds=2, heads=((0.25, 4), (0.5, 8)), table_minimum=1
+    sample_every=2,
+    max_rows=3000,
+    rank_basis=16,
+    rank=16,
+    n_folds=2,
+    heads=((0.25, 4), (0.5, 8)),
+    table_minimum=1,
 )
 
 
@@ -69,7 +75,7 @@ def test_golden_counts(fitted: Model, fitted_synthetic: Model) -> None:
         replay(real_trace(), Classifier.of(fitted), n_slots=8, sync=sync).hits.sum() for sync in (False, True)
     ]
     hits.append(replay(synthetic_trace(), Classifier.of(fitted_synthetic)).hits.sum())
-    assert hits == pytest.approx([28561, 29157, 2100], rel=0.003)
+    assert hits == pytest.approx([28310, 29058, 2100], rel=0.003)
 
 
 def test_golden_counts_of_given_coefficients() -> None:
@@ -92,7 +98,7 @@ class Untold(Classifier):
 
 def test_replay_asks_what_the_lab_serves(fitted: Model) -> None:
     """Replay counts what the tables of `serve` give; without sync, what they give a token late, exactly."""
-    routed = real_trace()
+    routed = real_trace().slice(0, 200)
     tables = serve(fitted, routed)
     keep, late = fitted.head("keep", 0.25), fitted.head("late", 0.25)
     for table in tables.values():
@@ -108,17 +114,17 @@ def test_replay_asks_what_the_lab_serves(fitted: Model) -> None:
 
 def test_no_look_ahead(fitted: Model) -> None:
     """Another future changes nothing that was decided before it."""
-    routed = real_trace()
+    routed = real_trace().slice(0, 160)
     ids = routed.ids.copy()
-    ids[300:] = ids[300:][::-1]
+    ids[120:] = ids[120:][::-1]
     other = replace(routed, ids=ids)
     tables = [serve(fitted, one) for one in (routed, other)]
     for name in tables[0]:
-        assert np.array_equal(tables[0][name][:301], tables[1][name][:301])
-    assert not np.array_equal(tables[0]["now"][301:], tables[1]["now"][301:])
+        assert np.array_equal(tables[0][name][:121], tables[1][name][:121])
+    assert not np.array_equal(tables[0]["now"][121:], tables[1]["now"][121:])
     for sync in (False, True):
         counted = [
-            replay(one.slice(0, 300), Classifier.of(fitted), n_slots=8, sync=sync) for one in (routed, other)
+            replay(one.slice(0, 120), Classifier.of(fitted), n_slots=8, sync=sync) for one in (routed, other)
         ]
         assert counted[0] == counted[1]
 
@@ -147,7 +153,7 @@ def test_the_file_gives_the_same_decisions(fitted: Model, tmp_path: Path) -> Non
     assert read.meta["traces"] == [real_trace().hash()]
     assert read.meta["inputs"] == list(model.INPUTS)
     read.save(tmp_path / "again.npz")
-    routed = real_trace()
+    routed = real_trace().slice(0, 120)
     counted = [
         replay(routed, Classifier(model=str(tmp_path / name)), n_slots=8) for name in ("m.npz", "again.npz")
     ]
@@ -184,6 +190,20 @@ def test_files_that_are_no_model(tmp_path: Path) -> None:
     ):
         with pytest.raises(PolicyConfigError, match=fault):
             model.load(tmp_path / name)
+
+
+def test_a_model_fitted_on_hashes_is_not_served_with_ids(fitted: Model) -> None:
+    """Its tables would never be found, and nothing would tell but the hit rate."""
+    ids = replace(real_trace(), token_id=np.arange(400, dtype=np.int32))
+    fault = "tokens are named by id here, and it was fitted on tokens named by crc32; fit it on a trace of"
+    with pytest.raises(PolicyConfigError, match=fault):
+        replay(ids, Classifier.of(fitted), n_slots=8)
+    with pytest.raises(PolicyConfigError, match=fault):
+        Driver(Classifier.of(fitted), geometry([32] * 24, [4] * 24, [8] * 24))
+    with pytest.raises(PolicyConfigError, match=fault):
+        serve(fitted, ids)
+    with pytest.raises(TraceError, match="name tokens differently: by crc32 and by id"):
+        train.fit([real_trace(), ids], SMALL)
 
 
 def test_another_geometry_is_an_error(fitted: Model) -> None:

@@ -14,7 +14,7 @@ N = 3 * 16
 
 def make(**options: float) -> Features:
     basis = np.eye(N, 6, dtype=np.float32)
-    return Features(SHAPE, basis, np.zeros(6, np.float32), **options)
+    return Features(SHAPE, basis, np.zeros(6, np.float32), **{"table_mb": 8, **options})
 
 
 def follow(state: Features, ids: NDArray[np.int32], tokens: list[int], sequence: int = 0) -> list[NDArray]:
