@@ -1,13 +1,14 @@
-"""Checks of configured values: each error names the key, the value and what is allowed."""
+"""Checks of what was asked for: each error names the key, the value and what is allowed."""
 
 from __future__ import annotations
 
 import difflib
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from fate_policy.errors import PolicyConfigError
+from fate_policy.errors import FateError, PolicyConfigError
 
 _MAX_SHOWN = 200
 
@@ -53,3 +54,13 @@ def choice(key: str, value: Any, allowed: tuple[str, ...]) -> str:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise bad_value(key, value, "one of " + ", ".join(allowed) + hint)
     return str(value)
+
+
+def target(what: str, path: Path) -> Path:
+    """Return the path of a file that will be written after long work, if its folder exists."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise FateError(f"{what} {path} cannot be written: there is no folder {folder}")
+    if path.is_dir():
+        raise FateError(f"{what} {path} cannot be written: it is a folder")
+    return path

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fate_policy import data
+from fate_policy import checks, data
 from fate_policy.config import Slots
 from fate_policy.errors import FateError, PolicyConfigError, TraceError
 
@@ -87,11 +87,20 @@ def _replay_arguments(parser: argparse.ArgumentParser) -> None:
         type=listed,
         default=["12.5%", "25%", "50%", "75%"],
         metavar="SLOTS,...",
-        help="25%%, 8, 4GiB, or a .yaml file with slots; default: 12.5%%,25%%,50%%,75%%",
+        help="25%%, 8, 4GiB, auto, or a .yaml file with slots; default: 12.5%%,25%%,50%%,75%%",
     )
     parser.add_argument("--pool", choices=("layer", "global"), default="layer")
     parser.add_argument("--admission", choices=("forced", "optional"), default="forced")
     parser.add_argument("--cold", action="store_true", help="empty the cache at each prompt")
+    parser.add_argument(
+        "--no-sync",
+        dest="sync",
+        action="store_false",
+        help="scores act a step later, as a run's do by default (sync: false)",
+    )
+    parser.add_argument(
+        "--refresh-tokens", type=int, default=1, metavar="N", help="new scores every N tokens (default: 1)"
+    )
     add_expert_bytes(parser)
     parser.add_argument(
         "--link", type=float, default=50.0, metavar="GB/S", help="speed of the link (default: 50)"
@@ -114,12 +123,16 @@ def _replay(args: argparse.Namespace) -> int:
 
     if not args.link > 0:
         raise FateError(f"--link {args.link}: expected a number of GB/s greater than 0")
+    if args.plot is not None:
+        checks.target("plot", args.plot)
     common: dict[str, Any] = {
         "pool": args.pool,
         "cold": args.cold,
         "expert_bytes": args.expert_bytes,
         "link_gb_s": args.link,
         "resident_tokens_s": args.resident,
+        "sync": args.sync,
+        "refresh_tokens": args.refresh_tokens,
         "folder": args.traces,
         "n_jobs": args.jobs,
         "progress": sys.stderr.isatty(),
@@ -189,7 +202,7 @@ def _report(args: argparse.Namespace) -> int:
     from fate_policy import report, trace
 
     path = data.find(args.trace, args.traces)
-    output = args.output or Path(f"{path.stem}.html")
+    output = checks.target("report", args.output or Path(f"{path.stem}.html"))
     report.write(trace.load(path), output, path.stem, args.budget, args.expert_bytes)
     print(f"wrote {output}")
     return 0
@@ -231,6 +244,8 @@ def _plan(args: argparse.Namespace) -> int:
     from fate_policy import trace
     from fate_policy.plan import gain, plan
 
+    if args.output is not None:
+        checks.target("plan", args.output)
     solved_on = [
         (path.stem, trace.load(path)) for path in (data.find(name, args.traces) for name in args.trace)
     ]

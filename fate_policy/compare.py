@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fate_policy import checks, config, data, registry
 from fate_policy import trace as traces
-from fate_policy.base import POOL, Geometry, OfflinePolicy, Policy, Step
+from fate_policy.base import POOL, OfflinePolicy, Policy, Step
 from fate_policy.belady import Belady
 from fate_policy.config import Slots
 from fate_policy.driver import Driver, policy_name
@@ -25,6 +25,7 @@ from fate_policy.errors import PolicyConfigError, TraceError
 from fate_policy.frequency import Frequency
 from fate_policy.kernels import Result, Routing, Simulation
 from fate_policy.lru import LRU
+from fate_policy.progress import Bar
 from fate_policy.replay import geometry_of, paths, replay
 from fate_policy.timeline import Machine, timeline
 from fate_policy.trace import Trace
@@ -37,6 +38,10 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
 """Names of `fate replay` beside those of the registry: all-time counts, decayed count / age, the optimum."""
 
 LINK_GB_S = 50.0
+CHUNK_STEPS = 20_000
+
+Say = Callable[[float], None]
+
 COLUMNS = (
     "trace",
     "policy",
@@ -66,6 +71,8 @@ class Job:
     expert_bytes: int | None = None
     link_gb_s: float = LINK_GB_S
     resident_tokens_s: float | None = None
+    sync: bool = True
+    refresh_tokens: int = 1
 
 
 def compare(
@@ -79,6 +86,8 @@ def compare(
     expert_bytes: int | None = None,
     link_gb_s: float = LINK_GB_S,
     resident_tokens_s: float | None = None,
+    sync: bool = True,
+    refresh_tokens: int = 1,
     folder: str | Path | None = None,
     n_jobs: int | None = None,
     progress: bool = False,
@@ -100,10 +109,13 @@ def compare(
     resident_tokens_s
         Speed with all experts resident; rows then tell `of_resident`, the share of it that
         `fate_policy.timeline` expects.
+    sync, refresh_tokens
+        When scores come into force, as in a configuration. LRU and the optimum have none.
     n_jobs
         Workers, as joblib takes them. None: one, or those of a `joblib.parallel_config` around the call,
         which may be a Dask or Ray cluster; its workers open traces given by path themselves.
     """
+    checks.integer("refresh_tokens", refresh_tokens, minimum=1)
     named = [_named(item, folder) for item in routed]
     for policy in policies:
         make(policy)
@@ -119,12 +131,18 @@ def compare(
             expert_bytes,
             link_gb_s,
             resident_tokens_s,
+            sync,
+            refresh_tokens,
         )
         for where, name in named
         for capacity in capacities
         for policy in policies
     ]
-    return list(_bar(_run(jobs, n_jobs), len(jobs), progress))
+    bar = Bar(len(jobs), progress)
+    try:
+        return list(_run(jobs, n_jobs, bar))
+    finally:
+        bar.clear()
 
 
 def make(spec: str) -> Policy:
@@ -158,15 +176,20 @@ def replay_policy(
     admission: str = "forced",
     cold: bool = False,
     detail: bool = False,
+    sync: bool = True,
+    refresh_tokens: int = 1,
+    say: Say = lambda share: None,
 ) -> Result:
     """Replay any policy: the built-in rules in compiled loops, others by asking them after every step.
 
-    What the engine has too (pool "layer", admission "forced", warm) counts as `replay` does, with sync: true.
-    A policy that names victims but has no scores works only there.
+    What the engine has too (pool "layer", admission "forced", warm) counts as `replay` does.
+    A policy that names victims but has no scores works only there. `say` is told the share that is done.
     """
     geometry = geometry_of(trace, n_slots)
     routing = Routing.of_trace(trace, paths(trace, geometry))
     rule = _rule(policy)
+    if isinstance(policy, Frequency) and not (sync and refresh_tokens == 1):
+        rule = None  # its loop counts up to the step at hand
     asks = rule is None and _only_names_victims(policy)
     if asks:
         if (pool, admission, cold, detail) != ("layer", "forced", False, False):
@@ -174,19 +197,26 @@ def replay_policy(
                 f"policy {policy_name(policy)} has no scores, so it can be replayed only with pool layer, "
                 "admission forced and warm"
             )
-        counters = replay(trace, policy, n_slots=geometry.n_slots, mode="callback")
+        counters = replay(
+            trace, policy, n_slots=geometry.n_slots, mode="callback", refresh_tokens=refresh_tokens
+        )
         return Result(counters, int(counters.fills.sum()))
     options: dict[str, Any] = {"pool": pool, "admission": admission, "cold": cold, "detail": detail}
-    simulation = Simulation(routing, geometry.n_slots, **(rule or {"rule": "table"}), **options)
     if rule is None:
-        _drive(trace, policy, geometry, simulation)
+        driver = Driver(policy, geometry, "table", refresh_tokens, sync=sync, replay=True)
+        options |= {"rule": "table", "delay": int(driver.acts_late)}
+    simulation = Simulation(routing, geometry.n_slots, **(rule or {}), **options)
+    if rule is None:
+        _drive(trace, driver, simulation, say)
     else:
-        simulation.run()
+        for stop in (*range(CHUNK_STEPS, routing.n_steps, CHUNK_STEPS), routing.n_steps):
+            simulation.run(stop)
+            say(stop / max(1, routing.n_steps))
     return simulation.result(geometry.expert_bytes)
 
 
-def run_job(job: Job) -> dict[str, Any]:
-    """Return the row of a job."""
+def run_job(job: Job, say: Say = lambda share: None) -> dict[str, Any]:
+    """Return the row of a job; `say` is told the share that is done."""
     trace = _load(job.trace) if isinstance(job.trace, str) else job.trace
     size = data.expert_bytes(trace, job.expert_bytes)
     slots = _slots(trace, job.capacity, size)
@@ -199,6 +229,9 @@ def run_job(job: Job) -> dict[str, Any]:
         admission=job.admission,
         cold=job.cold,
         detail=job.resident_tokens_s is not None,
+        sync=job.sync,
+        refresh_tokens=job.refresh_tokens,
+        say=say,
     )
     seconds = time.perf_counter() - started
     counters = result.counters
@@ -218,6 +251,8 @@ def run_job(job: Job) -> dict[str, Any]:
         "bytes_per_token": moved,
         "transfer_ms_per_token": None if moved is None else moved / job.link_gb_s / 1e6,
         "cold": job.cold,
+        "sync": job.sync,
+        "refresh_tokens": job.refresh_tokens,
         "slots": slots.tolist(),
         "share": int(slots.sum()) / sum(trace.meta["n_experts"]),
         "tokens": counters.tokens,
@@ -273,25 +308,32 @@ def _only_names_victims(policy: Policy) -> bool:
     return isinstance(policy, OfflinePolicy) or (names and kind.scores is Policy.scores)
 
 
-def _drive(trace: Trace, policy: Policy, geometry: Geometry, simulation: Simulation) -> None:
+def _drive(trace: Trace, driver: Driver, simulation: Simulation, say: Say) -> None:
     """Take the steps one by one and ask the policy in between, as the engine's binding does."""
-    driver = Driver(policy, geometry, "table", replay=True)
-    shape = (1, geometry.n_layers, geometry.max_experts)
-    scores, bonus, fresh = np.zeros(shape, np.float32), np.zeros(geometry.n_layers, np.float32), True
+    shape = (1, *simulation.routing.shape)
+    scores, bonus, fresh = np.zeros(shape, np.float32), np.zeros(shape[1], np.float32), True
     bounds = trace.step_bounds().tolist()
     path = simulation.routing.path
     resident = simulation.resident
+    waiting: deque[Step] = deque()
+    lag = 2 if driver.acts_late else 1  # steps from what was observed last to the one that the scores act on
     for step, (start, stop) in enumerate(pairwise(bounds)):
+        if step >= lag:
+            driver.observe(waiting.popleft())
+        if step >= lag or lag == 1:
+            first, last = bounds[step + 1 - lag : step + 3 - lag]
+            driver.expect(trace.tokens[first:last], trace.sequence[first:last])
+            if (published := driver.publish()) is not None:
+                scores, bonus, fresh = published[0][None], published[1], True
         if simulation.cold and simulation.routing.starts[step]:
             resident = np.zeros_like(resident)
         simulation.run(step + 1, scores, bonus, fresh)
-        now = simulation.resident
-        driver.observe(_step(trace, start, stop, path[start:stop], resident, now))
+        now, fresh = simulation.resident, False
+        waiting.append(_step(trace, start, stop, path[start:stop], resident, now))
         resident = now
-        published = driver.publish()
-        fresh = published is not None
-        if published is not None:
-            scores, bonus = published[0][None], published[1]
+        say((step + 1) / simulation.routing.n_steps)
+    for finished in waiting:
+        driver.observe(finished)
 
 
 def _step(
@@ -329,25 +371,18 @@ def _step(
     )
 
 
-def _run(jobs: list[Job], n_jobs: int | None) -> Iterator[dict[str, Any]]:
+def _run(jobs: list[Job], n_jobs: int | None, bar: Bar) -> Iterator[dict[str, Any]]:
     """Yield the rows in order: here, or as soon as they are there from joblib's workers."""
     import joblib
 
     parallel = joblib.Parallel(n_jobs=n_jobs)
     if n_jobs == 1 or (n_jobs is None and parallel.n_jobs in (None, 1)):
-        yield from map(run_job, jobs)
+        for done, job in enumerate(jobs):
+            yield run_job(job, lambda share, done=done: bar.show(done + share))  # type: ignore[misc]
         return
     if getattr(parallel._backend, "supports_return_generator", False):
         parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator")
-    yield from cast("Iterable[dict[str, Any]]", parallel(joblib.delayed(run_job)(job) for job in jobs))
-
-
-def _bar(rows: Iterator[dict[str, Any]], total: int, shown: bool) -> Iterator[dict[str, Any]]:
-    width = 30
+    rows = cast("Iterable[dict[str, Any]]", parallel(joblib.delayed(run_job)(job) for job in jobs))
     for done, row in enumerate(rows, start=1):
-        if shown:
-            full = width * done // total
-            print(f"\r[{'#' * full:<{width}}] {done}/{total}", end="", file=sys.stderr, flush=True)
+        bar.show(done)
         yield row
-    if shown:
-        print("\r" + " " * (width + 20) + "\r", end="", file=sys.stderr, flush=True)

@@ -79,12 +79,11 @@ class Slots:
                 return cls("bytes", (size,))
         raise checks.bad_value("slots", text, _SLOTS_ALLOWED)
 
-    def resolve(
-        self, n_experts: ArrayLike, k: ArrayLike, expert_bytes: ArrayLike, free_bytes: int | None = None
-    ) -> NDArray[np.int32]:
+    def resolve(self, n_experts: ArrayLike, k: ArrayLike, expert_bytes: ArrayLike) -> NDArray[np.int32]:
         """Return the slots of each layer of a model, int32 (n_layers,), never more than its experts.
 
-        Bytes are shared out as the same number of slots in every layer. `auto` takes the `free_bytes`.
+        Bytes are shared out as the same number of slots in every layer. `auto` is, as in the engine, half of
+        each layer's experts and at least those of a token.
         Fewer slots than a layer's experts per token, or a count above every layer's experts, is an error.
         """
         experts = np.asarray(n_experts, np.int64)
@@ -103,8 +102,10 @@ class Slots:
             slots = np.minimum(slots, experts)
         elif self.kind == "percent":
             slots = np.array([int(n * self.values[0] / 100) for n in experts.tolist()], np.int64)
+        elif self.kind == "auto":
+            slots = np.maximum(experts // 2, least)
         else:
-            slots = self._share_out(experts, np.asarray(expert_bytes, np.int64), free_bytes)
+            slots = self._share_out(experts, np.asarray(expert_bytes, np.int64))
         if (slots < least).any():
             layer = int(np.argmax(slots < least))
             raise PolicyConfigError(
@@ -113,15 +114,8 @@ class Slots:
             )
         return slots.astype(np.int32)
 
-    def _share_out(
-        self, experts: NDArray[np.int64], expert_bytes: NDArray[np.int64], free_bytes: int | None
-    ) -> NDArray[np.int64]:
-        if self.kind == "bytes":
-            capacity = int(self.values[0])
-        elif free_bytes is None:
-            raise checks.bad_value("slots", "auto", "a size: how much memory is free is not known here")
-        else:
-            capacity = free_bytes
+    def _share_out(self, experts: NDArray[np.int64], expert_bytes: NDArray[np.int64]) -> NDArray[np.int64]:
+        capacity = int(self.values[0])
         low, high = 0, int(experts.max())
         while low < high:
             middle = (low + high + 1) // 2
@@ -132,7 +126,7 @@ class Slots:
         return np.minimum(low, experts)
 
     def _minimum(self, experts: NDArray[np.int64], least: NDArray[np.int64], expert_bytes: ArrayLike) -> str:
-        if self.kind in ("bytes", "auto"):
+        if self.kind == "bytes":
             need = int((np.minimum(least.max(), experts) * np.asarray(expert_bytes, np.int64)).sum())
             return f"the minimum is {need} bytes"
         if self.kind == "percent":

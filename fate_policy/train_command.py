@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fate_policy import assess, cost, data, trace, train, tune
+from fate_policy import assess, checks, cost, data, trace, train, tune
 from fate_policy.errors import FateError
 from fate_policy.trace import Trace
 
@@ -56,6 +56,9 @@ def run(args: argparse.Namespace) -> int:
     def say(text: str) -> None:
         print(f"{time.perf_counter() - began:6.1f} s  {text}", file=sys.stderr, flush=True)
 
+    target = args.report or args.output.with_suffix(".json")
+    for written in (args.output, target):
+        checks.target("model" if written is args.output else "report", written)
     fitting: dict[str, Trace] = {}
     tests: dict[str, tuple[Trace, Path]] = {}
     for name in args.trace:
@@ -130,11 +133,12 @@ def run(args: argparse.Namespace) -> int:
     config.write_text(
         f"policy: classifier\nclassifier:\n  model: {args.output.resolve()}\n", encoding="utf-8"
     )
-    target = args.report or args.output.with_suffix(".json")
     target.write_text(json.dumps(report, indent=2), encoding="utf-8")
     _plot(report, target.with_suffix(".png"))
     print(as_text(report))
     say(f"wrote {args.output}, {config}, {target} and {target.with_suffix('.png')}")
+    if fitted.meta["tokens"] != "id":
+        say(f"for replay only: the trace names tokens by {fitted.meta['tokens']}, and a run names them by id")
     return 0
 
 

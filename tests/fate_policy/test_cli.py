@@ -60,6 +60,14 @@ def test_replay_prints_csv_and_text_and_draws(capsys: pytest.CaptureFixture[str]
     assert Path("rates.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_replay_takes_the_slots_and_the_delay_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["replay", "real", "--policy", "frequency", "--capacity", "auto", "--no-sync"]
+    assert main([*command, "--refresh-tokens", "3", "--format", "json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    counters = replay(real_trace(), "frequency", n_slots=16, sync=False, refresh_tokens=3)
+    assert (row["slots"], row["hit_rate"]) == ([16] * 24, counters.hit_rate)
+
+
 def test_report_writes_a_page(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "real", "-o", "page.html"]) == 0
     assert capsys.readouterr().out == "wrote page.html\n"
@@ -80,9 +88,20 @@ def test_plan_writes_slots_and_shows_what_they_gain(capsys: pytest.CaptureFixtur
         (["replay", "none"], "unknown trace 'none' (known: gptoss20b_stem, real)"),
         (["replay", "real", "--policy", "lruu"], "did you mean 'lru'?"),
         (["replay", "real", "--capacity", "3"], "a token uses 4 of them; the minimum is 4"),
+        (["replay", "real", "--refresh-tokens", "0"], "refresh_tokens: 0 is not allowed; expected a whole"),
         (["replay", "real", "--link", "0"], "--link 0.0: expected a number of GB/s greater than 0"),
         (["plan", "--trace", "real", "--budget", "8", "--expert-bytes", "1"], "budget: '8' is not allowed"),
-        (["report", "real", "-o", "no/page.html"], "report no/page.html cannot be written"),
+        (
+            ["report", "real", "-o", "no/page.html"],
+            "report no/page.html cannot be written: there is no folder no",
+        ),
+        (["replay", "real", "--plot", "no/r.png"], "plot no/r.png cannot be written: there is no folder no"),
+        (["train", "real", "-o", "no/m.npz"], "model no/m.npz cannot be written: there is no folder no"),
+        (["train", "real", "--report", "."], "report . cannot be written: it is a folder"),
+        (
+            ["plan", "--trace", "real", "--budget", "8", "-o", "no/p"],
+            "plan no/p cannot be written: there is no",
+        ),
     ],
 )
 def test_an_error_is_one_line(command: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from fate_policy.base import Geometry, History, Policy, Step
 from fate_policy.compare import compare, make, replay_policy
 from fate_policy.errors import PolicyConfigError, TraceError
 from fate_policy.frequency import Frequency
+from fate_policy.lru import LRU
 from fate_policy.random import Random
 from fate_policy.replay import replay
 from fate_policy.trace import Trace
@@ -45,7 +46,9 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("trace", [synthetic_trace(500), real_trace()], ids=["synthetic", "real"])
+@pytest.mark.parametrize(
+    "trace", [synthetic_trace(500), real_trace().slice(0, 200)], ids=["synthetic", "real"]
+)
 @pytest.mark.parametrize("policy", [Random(seed=3), Sparse()], ids=["random", "sparse"])
 def test_a_python_policy_counts_and_is_told_as_in_replay(trace: Trace, policy: Policy) -> None:
     """The order of fills and evictions within a step is the engine's there, by expert here."""
@@ -72,14 +75,36 @@ def test_any_policy_can_be_replayed_in_every_form(form: dict[str, Any]) -> None:
     assert (own.counters, own.admitted) == (built_in.counters, built_in.admitted)
 
 
+@pytest.mark.parametrize(
+    "when", [{"sync": False}, {"refresh_tokens": 5}, {"sync": False, "refresh_tokens": 5}]
+)
+@pytest.mark.parametrize("policy", [Random(seed=3), Frequency(), Frequency(lfru=True), LRU()])
+def test_scores_act_when_the_engine_has_them_act(policy: Policy, when: dict[str, Any]) -> None:
+    for trace, n_slots in ((synthetic_trace(150), None), (real_trace().slice(0, 60), 8)):
+        assert replay_policy(trace, policy, n_slots, **when).counters == replay(
+            trace, policy, n_slots=n_slots, **when
+        )
+
+
+def test_a_bar_moves_within_a_row(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fate_policy.progress.SECONDS", 0)
+    monkeypatch.setattr("fate_policy.compare.CHUNK_STEPS", 100)
+    compare([file], ["lru", "random"], [8], progress=True)
+    shown = [line.split("]")[1].strip() for line in capsys.readouterr().err.split("\r")[1:-2]]
+    assert shown[:5] == ["0/2, 12 %", "0/2, 25 %", "0/2, 38 %", "1/2, 50 %", "1/2, 50 %"]
+    assert shown[-1] == "2/2, 100 %"
+    assert len(shown) == 4 + 400
+
+
 def test_a_policy_without_scores_is_replayed_only_as_the_engine_runs_it() -> None:
     class Lowest(Policy):
         def victims(self, layer: int, n: int, pinned: Any, history: History) -> Any:
             return np.flatnonzero(history.resident[layer, : len(pinned)] & ~pinned)[:n]
 
-    assert replay_policy(real_trace(), Lowest(), 8).counters == replay(
-        real_trace(), Lowest(), n_slots=8, mode="callback"
-    )
+    routed = real_trace().slice(0, 100)
+    assert replay_policy(routed, Lowest(), 8).counters == replay(routed, Lowest(), n_slots=8, mode="callback")
     with pytest.raises(PolicyConfigError, match="has no scores, so it can be replayed only with pool layer"):
         replay_policy(real_trace(), Lowest(), 8, pool="global")
 
@@ -103,6 +128,8 @@ def test_a_row_says_what_was_asked_and_what_came_out(file: Path) -> None:
         "bytes_per_token": fills * 1000,
         "transfer_ms_per_token": pytest.approx(fills),
         "cold": False,
+        "sync": True,
+        "refresh_tokens": 1,
         "slots": [8] * 24,
         "share": 0.25,
         "tokens": 400,

@@ -340,7 +340,6 @@ def test_slots_resolve(value: Any, slots: list[int]) -> None:
         (33, "slots: '33' is not allowed; expected at most 32"),
         ([33, 4], "expected at most 32"),
         ([8, 8, 8], "expected 2 counts"),
-        ("auto", "how much memory is free is not known here"),
     ],
 )
 def test_slots_that_do_not_fit(value: Any, fault: str) -> None:
@@ -348,8 +347,8 @@ def test_slots_that_do_not_fit(value: Any, fault: str) -> None:
         Slots.parse(value).resolve([32, 16], [4, 4], [100, 200])
 
 
-def test_auto_slots_take_the_free_memory() -> None:
-    assert Slots.parse("auto").resolve([32, 16], [4, 4], [100, 200], free_bytes=3000).tolist() == [10, 10]
+def test_auto_slots_are_half_of_the_experts_and_enough_for_a_token() -> None:
+    assert Slots.parse("auto").resolve([32, 17, 6], [4, 4, 4], [0, 0, 0]).tolist() == [16, 8, 4]
 
 
 @pytest.mark.parametrize(
