@@ -16,6 +16,7 @@ except ImportError as error:
     raise FateError("replay in compiled loops needs numba: run `pip install 'fate[lab]'`") from error
 
 compiled = njit(cache=True, nogil=True)
+inlined = njit(cache=True, nogil=True, forceinline=True)  # half of a loop is in passing so many arrays
 
 RULES = ("lru", "frequency", "lfru", "table", "optimum")
 LRU, FREQUENCY, LFRU, TABLE, OPTIMUM = range(5)
@@ -138,7 +139,7 @@ def _first_need(start: int, stop: int, path: Any, layer: int, seed_rows: int) ->
     return start
 
 
-@compiled
+@inlined
 def _key(
     layer: int,
     expert: int,
@@ -164,7 +165,7 @@ def _key(
     return value
 
 
-@compiled
+@inlined
 def _least(
     layer: int,
     op: int,
@@ -230,7 +231,7 @@ def _count_frequencies(start: int, stop: int, flow: Flow, rule: Rule, state: Sta
                 state.uses[layer, expert] += added[expert]
 
 
-@compiled
+@inlined
 def _stamp(start: int, stop: int, layer: int, clock: int, ids: Any, last_use: Any) -> Any:
     """Give every use its time and return how many there are."""
     n_uses = 0
@@ -243,7 +244,7 @@ def _stamp(start: int, stop: int, layer: int, clock: int, ids: Any, last_use: An
     return n_uses
 
 
-@compiled
+@inlined
 def _remove(layer: int, at: int, position: Any, resident: Any, n_resident: Any) -> None:
     position[layer, resident[layer, at]] = -1
     n_resident[layer] -= 1
@@ -253,7 +254,7 @@ def _remove(layer: int, at: int, position: Any, resident: Any, n_resident: Any) 
         position[layer, last] = at
 
 
-@compiled
+@inlined
 def _insert(layer: int, expert: int, position: Any, resident: Any, n_resident: Any) -> None:
     position[layer, expert] = n_resident[layer]
     resident[layer, n_resident[layer]] = expert
