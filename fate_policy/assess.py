@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fate_policy.base import NOT_RUN, POOL
 from fate_policy.decisions import decisions
 from fate_policy.errors import TraceError
+from fate_policy.features import TABLE_MB
 from fate_policy.kernels import Routing, simulate, simulate_scores
 from fate_policy.model import AHEAD, Model, Scorer, chance
 from fate_policy.prefetch import simulate_prefetch
@@ -30,7 +31,7 @@ CHUNK = 64
 Tables = dict[str, NDArray[np.float32]]
 
 
-def serve(fitted: Model, trace: Trace, *, learn: bool = True) -> Tables:
+def serve(fitted: Model, trace: Trace, *, learn: bool = True, table_mb: float = TABLE_MB) -> Tables:
     """Return what each head says of every token, log-odds (n_tokens, n_layers, n_experts).
 
     Each table is made before its token is routed. learn : keep counting, as a run does; else the counts of
@@ -39,7 +40,7 @@ def serve(fitted: Model, trace: Trace, *, learn: bool = True) -> Tables:
     if shape_of(trace).n_experts.tolist() != fitted.shape.n_experts.tolist():
         raise TraceError("the trace is of a model with other layers or experts than the one fitted")
     fitted.check_names(trace.token_names)
-    state = fitted.features()
+    state = fitted.features(table_mb=table_mb)
     state.learning = learn
     scorers = {head.name: Scorer(fitted, head) for head in fitted.heads}
     tables = {name: np.empty((trace.n_tokens, *fitted.shape.table), np.float32) for name in scorers}
@@ -216,9 +217,10 @@ def assess(
     *,
     learn: bool = True,
     shares: Sequence[float] = SHARES,
+    table_mb: float = TABLE_MB,
 ) -> dict[str, Any]:
     """Return everything measured on one trace, plain values for JSON."""
-    tables = serve(fitted, trace, learn=learn)
+    tables = serve(fitted, trace, learn=learn, table_mb=table_mb)
     return {
         "tokens": trace.n_tokens,
         "prompts": len(trace.prompt_start),

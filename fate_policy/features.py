@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fate_policy import checks
+
 HALF_LIVES = (1, 2, 4, 8, 16, 32, 64, 256)
 NGRAMS = (2, 4, 8)
 NAMES = (
@@ -41,6 +43,10 @@ FOLLOW, FOLLOW_SOON, FOLLOW_LATER = 32, 0.7, 0.93
 MAX_COUNT = 1024
 MAX_AGE = 1024
 MAX_SEQUENCES = 256
+TABLE_MB = 256.0
+MAX_HISTORY, HISTORY_SHARE = 65536, 0.25
+KEY_BYTES = 256
+"""What Python keeps for the key of a table's row, at most."""
 UNKNOWN = -1
 
 
@@ -65,6 +71,8 @@ class Table:
     """Sums of rows of numbers for each key, at and after its occurrences; the least recent key makes room.
 
     Half precision, `row_bytes` a key. Sums are halved at `MAX_COUNT` occurrences, so that they stay exact.
+    Rows are dense: of the likeliest experts alone more rows would fit, and evictions by them were worse at
+    the same bytes (`bench/token_rows.py`).
     """
 
     def __init__(self, n_columns: int, n_rows: int) -> None:
@@ -74,7 +82,7 @@ class Table:
 
     @staticmethod
     def row_bytes(n_columns: int) -> int:
-        return 2 * n_columns * 2 + 8
+        return 2 * n_columns * 2 + 8 + KEY_BYTES
 
     def __len__(self) -> int:
         return len(self._row)
@@ -123,6 +131,34 @@ class Table:
             self.n[row] = n[i]
 
 
+class Contexts:
+    """Where contexts of n tokens were last seen, by their hash; in a full bucket the oldest makes room."""
+
+    WAYS = 4
+    BYTES = 2 * 16  # a position: twice as many places as positions, so that few are lost
+
+    def __init__(self, n_positions: int) -> None:
+        n_buckets = max(1, 2 * n_positions // self.WAYS)
+        self._hash = np.zeros((n_buckets, self.WAYS), np.int64)
+        self._at = np.full((n_buckets, self.WAYS), -1, np.int64)
+
+    def get(self, context: tuple[int, ...]) -> int:
+        """Return the position, -1 if there is none."""
+        value = hash(context)
+        bucket = value % len(self._at)
+        for way, known in enumerate(self._hash[bucket].tolist()):
+            if known == value:
+                return int(self._at[bucket, way])
+        return -1
+
+    def put(self, context: tuple[int, ...], position: int) -> None:
+        value = hash(context)
+        bucket = value % len(self._at)
+        hashes, positions = self._hash[bucket].tolist(), self._at[bucket].tolist()
+        way = hashes.index(value) if value in hashes else positions.index(min(positions))
+        self._hash[bucket, way], self._at[bucket, way] = value, position
+
+
 @dataclass(eq=False)
 class _Sequence:
     tokens: deque[int] = field(default_factory=lambda: deque(maxlen=NGRAMS[-1]))
@@ -142,9 +178,8 @@ class Features:
     center
         float32 (rank,): the mean of that sum, subtracted.
     table_mb
-        Memory of the tables of tokens and of pairs together.
-    n_history
-        Tokens in which repeated contexts are looked for.
+        Memory in MiB of all that grows: at most a quarter for the history, up to `MAX_HISTORY` tokens, in
+        which repeated contexts are looked for; the rest in halves for the tables of tokens and of pairs.
     """
 
     def __init__(
@@ -153,8 +188,7 @@ class Features:
         basis: NDArray[np.float32],
         center: NDArray[np.float32],
         *,
-        table_mb: float = 256,
-        n_history: int = 65536,
+        table_mb: float = TABLE_MB,
     ) -> None:
         self.shape = shape
         self.learning = True
@@ -167,20 +201,27 @@ class Features:
         self._rates = np.repeat(self._even[None], len(HALF_LIVES), axis=0)
         self._keep = 2.0 ** (-1 / np.array(HALF_LIVES, np.float32))[:, None, None]
         self._age = np.full((n_layers, n_experts), MAX_AGE, np.float32)
-        columns = self._size + rank
-        n_rows = max(1, int(table_mb * 2**20 / 2 / Table.row_bytes(columns)))
-        self.tokens = Table(columns, n_rows)
-        self.pairs = Table(self._size, n_rows)
+        width = n_layers * int(shape.k.max(initial=1))
+        place = np.uint16 if self._size < 2**16 else np.int32
+        position_bytes = width * np.dtype(place).itemsize + 4 * rank + 8 + len(NGRAMS) * Contexts.BYTES
+        row_bytes = Table.row_bytes(self._size + rank)
+        least = (2 * FOLLOW * position_bytes + 2 * row_bytes) / 2**20
+        if table_mb < least:
+            raise checks.bad_value("table_mb", table_mb, f"at least {least:.2f}, for one token and one pair")
+        n_history = int(table_mb * 2**20 * HISTORY_SHARE / position_bytes)
+        n_history = min(MAX_HISTORY, max(2 * FOLLOW, n_history))
+        half = (table_mb * 2**20 - n_history * position_bytes) / 2
+        self.tokens = Table(self._size + rank, int(half / row_bytes))
+        self.pairs = Table(self._size, int(half / Table.row_bytes(self._size)))
         self._contexts = np.zeros((len(CONTEXT_HALF_LIVES), rank), np.float32)
         self._context_keep = 2.0 ** (-1 / np.array(CONTEXT_HALF_LIVES, np.float32))[:, None]
         self._last = np.zeros(rank, np.float32)
         self._n_history = n_history
-        width = n_layers * int(shape.k.max(initial=1))
-        self._used = np.full((n_history, width), self._size, np.int32)
+        self._used = np.full((n_history, width), self._size, place)
         self._sums = np.zeros((n_history, rank), np.float32)
         self._next = np.full(n_history, -1, np.int64)
         self._n_seen = 0
-        self._seen: list[dict[tuple[int, ...], int]] = [{} for _ in NGRAMS]
+        self._seen = [Contexts(n_history) for _ in NGRAMS]
         self._sequences: dict[int, _Sequence] = {}
         self._offset = (np.arange(n_layers) * n_experts)[:, None]
         self._row = np.zeros((n_layers, len(NAMES), n_experts), np.float32)
@@ -210,7 +251,7 @@ class Features:
             if len(context) < n or UNKNOWN in context[-n:]:
                 break
             self._grams[level] = context[-n:]
-            found = self._seen[level].get(context[-n:], -1)
+            found = self._seen[level].get(context[-n:])
             if found >= 0 and found > self._n_seen - self._n_history:
                 self._match, self._match_level = found, level
 
@@ -343,10 +384,7 @@ class Features:
         self._n_seen += 1
         for level, gram in enumerate(self._grams):
             if gram is not None:
-                self._seen[level][gram] = position
-                if len(self._seen[level]) > 2 * self._n_history:
-                    oldest = position - self._n_history
-                    self._seen[level] = {key: at for key, at in self._seen[level].items() if at > oldest}
+                self._seen[level].put(gram, position)
         if self._token != UNKNOWN:
             self.tokens.add(self._token, 0, np.concatenate((used[:-1], total)))
             self.pairs.add(self._pair, 0, used[:-1])

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fate_policy import features
 from fate_policy.errors import PolicyConfigError
-from fate_policy.features import Features, Shape
+from fate_policy.features import TABLE_MB, Features, Shape
 
 FORMAT, VERSION = "fate-classifier", 1
 TARGETS = ("context_now", "context_soon", "context_after")
@@ -80,7 +80,7 @@ class Model:
                 "fit it on a trace of the same kind (`fate run --fate-record` names them by id)"
             )
 
-    def features(self, *, table_mb: float = 256) -> Features:
+    def features(self, *, table_mb: float = TABLE_MB) -> Features:
         """Return the features' state as it was when training ended."""
         state = Features(self.shape, self.basis, self.center, table_mb=table_mb)
         for table, saved in zip((state.tokens, state.pairs), self.tables, strict=False):

@@ -15,6 +15,7 @@ import numpy as np
 
 from fate_policy import assess, checks, cost, data, trace, train, tune
 from fate_policy.errors import FateError
+from fate_policy.features import TABLE_MB
 from fate_policy.trace import Trace
 
 QUICK_TOKENS, QUICK_TEST_TOKENS = 10_000, 4_000
@@ -48,6 +49,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="score estimators on held-out tokens (default: gradient boosting and a small network)",
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--table-mb",
+        type=float,
+        default=TABLE_MB,
+        metavar="MIB",
+        help=f"memory of counts and history in use, in the tests too (default: {TABLE_MB:g})",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     target = args.report or args.output.with_suffix(".json")
     for written in (args.output, target):
         checks.target("model" if written is args.output else "report", written)
+    checks.number("table_mb", args.table_mb, above=0)
     fitting: dict[str, Trace] = {}
     tests: dict[str, tuple[Trace, Path]] = {}
     for name in args.trace:
@@ -100,19 +109,18 @@ def run(args: argparse.Namespace) -> int:
         "tests": {},
     }
     shares = (0.25, 0.5) if args.quick else assess.SHARES
+    form: dict[str, Any] = {"shares": shares, "table_mb": args.table_mb}
     for name, (test, path) in tests.items():
         say(f"test on {name}")
-        report["tests"][name] = assess.assess(fitted, test, half_lives, shares=shares)
+        report["tests"][name] = assess.assess(fitted, test, half_lives, **form)
         if not args.quick:
             say(f"test on {name}, nothing learned")
-            report["tests"][f"{name}, frozen"] = assess.assess(
-                fitted, test, half_lives, learn=False, shares=shares
-            )
+            report["tests"][f"{name}, frozen"] = assess.assess(fitted, test, half_lives, learn=False, **form)
             plain = _without_repetitive(test, path)
             if plain is not None:
                 say(f"test on {name}, without repetitive prompts")
                 report["tests"][f"{name}, without repetitive prompts"] = assess.assess(
-                    fitted, plain, half_lives, shares=shares
+                    fitted, plain, half_lives, **form
                 )
     if args.compare is not None:
         names = args.compare or [
@@ -131,7 +139,8 @@ def run(args: argparse.Namespace) -> int:
     fitted.save(args.output)
     config = args.output.with_suffix(".yaml")
     config.write_text(
-        f"policy: classifier\nclassifier:\n  model: {args.output.resolve()}\n", encoding="utf-8"
+        f"policy: classifier\nclassifier:\n  model: {args.output.resolve()}\n  table_mb: {args.table_mb:g}\n",
+        encoding="utf-8",
     )
     target.write_text(json.dumps(report, indent=2), encoding="utf-8")
     _plot(report, target.with_suffix(".png"))

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from policy_contract import SYNTHETIC, random_ids, real_trace
 
 from fate_policy import features
-from fate_policy.features import LATER, LATER_DECAY, NAMES, Features, Shape, Table
+from fate_policy.errors import PolicyConfigError
+from fate_policy.features import LATER, LATER_DECAY, NAMES, Contexts, Features, Shape, Table
 
 SHAPE = Shape(SYNTHETIC.n_experts, SYNTHETIC.k)
 N = 3 * 16
@@ -166,18 +169,46 @@ class TestTable:
 
     def test_memory_is_what_is_said(self) -> None:
         table = Table(10, 7)
-        assert table.sums.nbytes + table.n.nbytes <= 7 * (Table.row_bytes(10) + 8)
+        assert table.sums.nbytes + table.n.nbytes == 7 * (Table.row_bytes(10) - features.KEY_BYTES)
 
 
-def test_memory_is_capped_on_a_large_model() -> None:
-    shape = Shape(np.full(48, 128, np.int32), np.full(48, 8, np.int32))
-    basis = np.zeros((48 * 128, 128), np.float32)
-    state = Features(shape, basis, np.zeros(128, np.float32), table_mb=64)
-    assert state.tokens.sums.nbytes + state.pairs.sums.nbytes <= 64 * 2**20
+@pytest.mark.parametrize(("table_mb", "n_tokens"), [(0.3, 600), (1, 1500)])
+def test_everything_that_grows_is_under_the_cap(table_mb: float, n_tokens: int) -> None:
+    """Tables, keys, history and contexts; the history and what Python keeps were once on top of it."""
+    ids = random_ids(200, SYNTHETIC, 3)
+    tokens = np.random.default_rng(0).integers(0, 10**6, n_tokens).tolist()
+    tracemalloc.start()
+    try:
+        empty = tracemalloc.get_traced_memory()[0]
+        state = make(table_mb=table_mb)
+        for t, token in enumerate(tokens):
+            state.observe(ids[t % 200], token, 0)
+        used = tracemalloc.get_traced_memory()[0] - empty
+    finally:
+        tracemalloc.stop()
+    assert len(state.tokens) == len(state.tokens.sums) < n_tokens  # full
+    assert 0.6 * table_mb * 2**20 < used < table_mb * 2**20 + 80_000
 
 
-def test_it_survives_more_tokens_than_its_history() -> None:
-    state = make(n_history=16)
+def test_a_cap_below_one_row_is_refused() -> None:
+    with pytest.raises(PolicyConfigError, match=r"table_mb: 0\.01 is not allowed; expected at least 0\.0"):
+        make(table_mb=0.01)
+
+
+def test_contexts_are_found_until_newer_ones_take_their_places() -> None:
+    contexts = Contexts(1000)
+    grams = [(i, i + 1) for i in range(1000)]
+    for i, gram in enumerate(grams):
+        contexts.put(gram, i)
+    assert np.mean([contexts.get(gram) == i for i, gram in enumerate(grams)]) > 0.9
+    contexts.put(grams[3], 2000)
+    assert contexts.get(grams[3]) == 2000
+    assert contexts.get((5, 5)) == -1
+
+
+def test_it_survives_more_tokens_than_its_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "MAX_HISTORY", 16)
+    state = make()
     ids = random_ids(100, SYNTHETIC, 3)
     follow(state, ids, [t % 5 for t in range(100)])
     assert np.isfinite(state.now()[0]).all()
