@@ -25,7 +25,7 @@ def test_cdef_makes_a_python_callback_of_every_callback_type() -> None:
         f"fate_py_{name}(" in python
         for name in ("open", "step", "expect", "miss", "wait", "close", "interrupt")
     )
-    assert python.count("(") == HEADER.count("_fn)(") == 6
+    assert python.count("(") == HEADER.count("_fn)(") == 7
 
 
 def test_cdef_without_marks_is_refused() -> None:
