@@ -35,6 +35,8 @@ class Host:
         Where the first engaged engine's routing goes; the second's goes to NAME-2.npz and so on.
     require
         Engines that do not engage refuse their context.
+    throttle_gbps
+        10^9 bytes a second at which a GPU's misses are filled at most; None: as many as come.
     """
 
     def __init__(
@@ -43,10 +45,12 @@ class Host:
         policy: Policy | None = None,
         record: Path | None = None,
         require: bool = False,
+        throttle_gbps: float | None = None,
     ) -> None:
         self.config = config
         self.record = record
         self.require = require
+        self.throttle_gbps = throttle_gbps
         self.engines: list[Engine] = []
         self.failure: BaseException | None = None
         self.on_failure: Callable[[BaseException], None] | None = None
@@ -87,6 +91,7 @@ class Host:
         config.slots_value = float(slots.values[0]) if slots.values else 0.0
         config.slots_list, config.n_slots_list = slots_list, len(counts)
         config.vram_bytes, config.vram_margin = self.config.vram or 0, self.config.vram_margin
+        config.throttle = (self.throttle_gbps or 0.0) * 1e9
         config.on_open, config.on_step = lib.fate_py_open, lib.fate_py_step
         config.on_expect, config.on_miss = lib.fate_py_expect, lib.fate_py_miss
         config.on_wait, config.on_close = lib.fate_py_wait, lib.fate_py_close

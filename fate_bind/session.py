@@ -109,6 +109,8 @@ class Session:
     place
         False: leave out the flags that place weights where the pool can serve them (`--no-repack -fit off`;
         with a GPU also `-ngl 999 --cpu-moe`), so that only `args` count.
+    throttle_gbps
+        Hold the fills of a GPU's misses to so many 10^9 bytes a second, to see what a slower link would do.
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class Session:
         require: bool = False,
         fate: bool = True,
         place: bool = True,
+        throttle_gbps: float | None = None,
     ) -> None:
         config, instance = resolve_config(policy, slots, mode, sync, vram)
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -133,7 +136,9 @@ class Session:
             record = Path(self._scratch.name) / "trace.npz"
         if not fate and (record or require):
             raise PolicyConfigError("fate is False, so there is nothing to record or to require")
-        host = Host(config, instance, Path(record) if record else None, require) if fate else None
+        host = None
+        if fate:
+            host = Host(config, instance, Path(record) if record else None, require, throttle_gbps)
         if model is None and not placement.names_model(args):
             model = modelfile.EMBEDDED
         with interrupts.held():

@@ -248,18 +248,21 @@ void fate_cuda_device::bind(const fate_device_config & config) {
             to.fills     = reinterpret_cast<int32_t *>(back_.data + p.fills) + i * max_experts_;
             to.evictions = reinterpret_cast<int32_t *>(back_.data + p.evictions) + i * max_experts_;
         }
-        uint64_t n_units = 0;
-        to.is_wide       = true;
+        uint64_t n_units      = 0;
+        double   expert_bytes = 0;
+        to.is_wide            = true;
         for (int32_t t = 0; t < to.n_tensors; ++t) {
             to.tensors[t] = tensor_of(from.tensors[t], ring_ ? nullptr : on_device(from.tensors[t].source));
             n_units += to.tensors[t].n_units + to.tensors[t].n_tail;
             to.is_wide = to.is_wide && to.tensors[t].width == 16;
+            expert_bytes += static_cast<double>(from.tensors[t].expert_bytes);
         }
         if (n_units * from.n_experts >= INT32_MAX) {
             throw fate_error(FATE_STATUS_MODEL, fate_format("layer %d: its experts are too many or too oddly sized to copy", from.index));
         }
-        index[i] = from.index;
-        most     = std::max(most, from.index);
+        to.ns_per_expert = config.throttle > 0 ? static_cast<float>(1e9 * expert_bytes / config.throttle) : 0.0f;
+        index[i]         = from.index;
+        most             = std::max(most, from.index);
     }
     device_layers_.allocate(n);
     index_.allocate(n);

@@ -153,6 +153,7 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
     if (tid == 0) {
         arrived = atomicAdd(&layer.head->arrived, 1);
     }
+    const uint64_t began = layer.ns_per_expert > 0 ? fate_now_ns() : 0;
     if constexpr (RING && !SEED) {
         fate_ring_bring<false>(layer, n_missing, s_missing, s_target);
     } else {
@@ -160,6 +161,8 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
     }
     if (tid == 0) {
         s_arrived = arrived;
+        while (!SEED && began && static_cast<float>(fate_now_ns() - began) < static_cast<float>(n_missing) * layer.ns_per_expert) {
+        }
     }
     __syncthreads();
     if (s_arrived != gridDim.x - 1) {

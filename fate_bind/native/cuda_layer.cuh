@@ -46,7 +46,8 @@ struct fate_cuda_layer {
     int32_t n_slots;
     int32_t k;
     int32_t n_tensors;
-    bool    is_wide; // every tensor's width is 16
+    bool    is_wide;       // every tensor's width is 16
+    float   ns_per_expert; // that a missing one takes at least, as on a slower link; 0: as long as it takes
 
     int32_t *        slot_of;
     int32_t *        expert_of;
@@ -92,6 +93,12 @@ static __device__ __forceinline__ void fate_pdl_wait() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
 #endif
+}
+
+static __device__ __forceinline__ uint64_t fate_now_ns() {
+    uint64_t now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    return now;
 }
 
 // Sums of wide counters: the type that atomics know.

@@ -21,11 +21,7 @@ struct fate_cuda_io {
 
     __device__ void store(int64_t * number, int64_t value) { *const_cast<volatile int64_t *>(number) = value; }
 
-    __device__ int64_t now_ns() {
-        int64_t now;
-        asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-        return now;
-    }
+    __device__ int64_t now_ns() { return static_cast<int64_t>(fate_now_ns()); }
 };
 
 // What the blocks of a launch agree on, in shared memory.

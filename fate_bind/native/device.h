@@ -89,13 +89,14 @@ public:
 
 struct fate_device_config {
     std::vector<fate_device_layer> layers;
-    std::vector<fate_host_range>   ranges;      // to page-lock
-    bool                           page_lock;   // false: ranges stay as they are
-    int32_t                        max_tokens;  // of a step
-    bool                           wants_steps; // records are collected
-    bool                           weights;     // with router weights
-    fate_asker *                   asker;       // callback mode: outlives the device; null: table mode
-    int64_t                        timeout_ns;  // of an answer
+    std::vector<fate_host_range>   ranges;       // to page-lock
+    bool                           page_lock;    // false: ranges stay as they are
+    int32_t                        max_tokens;   // of a step
+    bool                           wants_steps;  // records are collected
+    bool                           weights;      // with router weights
+    fate_asker *                   asker;        // callback mode: outlives the device; null: table mode
+    int64_t                        timeout_ns;   // of an answer
+    double                         throttle = 0; // bytes a second at which misses are filled at most, 0: as many as come
 };
 
 // Why layers on this device cannot be served, "" if they can.

@@ -205,6 +205,7 @@ void fate_engine::open_devices() {
         config.max_tokens  = static_cast<int32_t>(ctx_.get_cparams().n_ubatch);
         config.wants_steps = wants_steps_;
         config.weights     = config_.record != 0;
+        config.throttle    = config_.throttle;
         config.asker       = callback_ ? this : nullptr;
         config.timeout_ns  = static_cast<int64_t>(config_.miss_timeout_seconds * 1e9);
         std::vector<ggml_backend_buffer_t> buffers;

@@ -71,6 +71,9 @@ int32_t fate_configure(const fate_config * config) {
             if (config->vram_bytes > 0 && config->slots_kind != FATE_SLOTS_AUTO) {
                 throw fate_error(FATE_STATUS_INVALID, "vram says how large a card `slots: auto` may count on; leave out one of the two");
             }
+            if (!(config->throttle >= 0 && config->throttle < 1e18)) {
+                throw fate_error(FATE_STATUS_INVALID, fate_format("throttle %g: expected bytes a second, or 0 for none", config->throttle));
+            }
             if (config->mode == FATE_MODE_CALLBACK && !config->on_miss) {
                 throw fate_error(FATE_STATUS_INVALID, "callback mode needs on_miss");
             }

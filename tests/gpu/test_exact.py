@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -256,3 +257,17 @@ def test_large_prompts_are_never_captured(resident: Session, pooled: Session, to
             after = launches(session)
             assert after[0] - before[0] == N_LAYERS
             assert after[1] == before[1]
+
+
+def test_throttled_fills_take_their_time(tokens: list[int]) -> None:
+    rate = 0.05  # 10^9 bytes a second
+    with Session(args=ARGS, policy="lru", slots=K, require=True, throttle_gbps=rate) as session:
+        session.logits(tokens[:1])
+        before = session.counters().totals()["bytes"]
+        began = time.perf_counter()
+        for token in tokens[1:20]:
+            session.logits([token])
+        seconds = time.perf_counter() - began
+        filled = session.counters().totals()["bytes"] - before
+    assert filled > 0
+    assert filled / (rate * 1e9) < seconds < 1.5 * filled / (rate * 1e9) + 0.2
