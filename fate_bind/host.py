@@ -37,6 +37,8 @@ class Host:
         Engines that do not engage refuse their context.
     throttle_gbps
         10^9 bytes a second at which a GPU's misses are filled at most; None: as many as come.
+    stage_all
+        On a GPU every step is staged, also a small one.
     """
 
     def __init__(
@@ -46,11 +48,13 @@ class Host:
         record: Path | None = None,
         require: bool = False,
         throttle_gbps: float | None = None,
+        stage_all: bool = False,
     ) -> None:
         self.config = config
         self.record = record
         self.require = require
         self.throttle_gbps = throttle_gbps
+        self.stage_all = stage_all
         self.engines: list[Engine] = []
         self.failure: BaseException | None = None
         self.on_failure: Callable[[BaseException], None] | None = None
@@ -91,6 +95,7 @@ class Host:
         config.slots_value = float(slots.values[0]) if slots.values else 0.0
         config.slots_list, config.n_slots_list = slots_list, len(counts)
         config.vram_bytes, config.vram_margin = self.config.vram or 0, self.config.vram_margin
+        config.stage_all = self.stage_all
         config.throttle = (self.throttle_gbps or 0.0) * 1e9
         config.on_open, config.on_step = lib.fate_py_open, lib.fate_py_step
         config.on_expect, config.on_miss = lib.fate_py_expect, lib.fate_py_miss

@@ -17,11 +17,15 @@ from fate_bind.errors import EngineError
 from fate_bind.host import Host
 from fate_bind.session import Choice, Session, resolve_config, token_ids
 from fate_bind.stats import Report
-from fate_policy.config import Slots
+from fate_policy.config import Slots, load
 
 PROMPT = "Once upon a time, there was a little girl who wanted to know how the moon stays in the sky."
 
 IDENTICAL, DIFFERENT, NOT_ENGAGED = 0, 1, 2
+
+WITHOUT_POOL = "the same model without the pool"
+IN_VRAM = "the same model with all experts in VRAM"
+STAGED = "the same model with every step's experts staged, since they do not all fit in VRAM"
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,18 @@ class Difference:
 
 @dataclass(frozen=True, eq=False)
 class VerifyResult:
-    """What a comparison found. `n_logits` over `n_tokens` were compared; `report` is the engine's."""
+    """What a comparison found.
+
+    n_logits, n_tokens : compared
+    report : the engine's
+    reference : what the pool was compared with
+    """
 
     n_logits: int
     n_tokens: int
     difference: Difference | None
     report: Report
+    reference: str = WITHOUT_POOL
 
     @property
     def n_layers(self) -> int:
@@ -101,7 +111,8 @@ class VerifyResult:
         return (
             f"identical: {self.n_logits} logits over {self.n_tokens} tokens, "
             f"{self.n_layers_engaged} of {self.n_layers} MoE layers engaged, "
-            f"{self.pooled} pooled pairs, {self.fills} fills, {self.evictions} evictions"
+            f"{self.pooled} pooled pairs, {self.fills} fills, {self.evictions} evictions; "
+            f"reference: {self.reference}"
         )
 
 
@@ -123,7 +134,8 @@ def verify(
     """Run prompt and greedy decode with and without the pool, in lockstep, and compare every logit.
 
     Stops at the first difference. At the end the engine checks its slots against the model. The reference is
-    the same model without the pool; with a GPU it has all experts in VRAM, since a CPU gives other bits.
+    the same model without the pool; with a GPU it has all experts in VRAM, since a CPU gives other bits, or,
+    where they do not fit, stages every step's experts there, which gives the same bits where they do.
 
     Parameters
     ----------
@@ -143,8 +155,9 @@ def verify(
         reference = stack.enter_context(Session(model, args, fate=False, place=place))
         pooled = stack.enter_context(reference.fork_with(host))
         resident = placement.resident(args) if place and placement.has_gpu() else None
+        named = WITHOUT_POOL
         if resident is not None:
-            reference = stack.enter_context(_resident_session(model, resident))
+            reference, named = _gpu_reference(stack, model, resident, pooled)
         tokens = _prompt_tokens(reference, prompt)
         if len(tokens) + n_tokens > reference.n_ctx:
             raise EngineError(
@@ -163,16 +176,27 @@ def verify(
         if difference is None:
             pooled.check()
     report = pooled.report()
-    return VerifyResult(position * reference.n_vocab, position, difference, report)
+    return VerifyResult(position * reference.n_vocab, position, difference, report, named)
 
 
-def _resident_session(model: str | Path | None, args: Sequence[str]) -> Session:
+def _gpu_reference(
+    stack: ExitStack, model: str | Path | None, args: Sequence[str], pooled: Session
+) -> tuple[Session, str]:
+    """Open the model with all experts in VRAM beside the pool; where they do not fit, a staging context."""
     try:
-        return Session(model, args, fate=False, place=False)
+        return stack.enter_context(Session(model, args, fate=False, place=False)), IN_VRAM
+    except EngineError as error:
+        why = error
+    geometry = pooled.report().geometry
+    slots = Slots.parse(max(int(geometry.k.max(initial=1)), 1))
+    host = Host(replace(load("lru"), slots=slots), require=True, stage_all=True)
+    try:
+        return stack.enter_context(pooled.fork_with(host)), STAGED
     except EngineError as error:
         raise EngineError(
-            f"the reference, with all experts in VRAM, cannot be opened: {error}; take a smaller context "
-            "(-c), or place the weights yourself, with -ngl and --cpu-moe, to compare with experts on the CPU"
+            f"no reference can be opened: with all experts in VRAM: {why}; with experts staged: {error}; "
+            "take a smaller context (-c), or place the weights yourself, with -ngl and --cpu-moe, to compare "
+            "with experts on the CPU"
         ) from error
 
 

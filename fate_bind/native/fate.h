@@ -146,6 +146,7 @@ typedef struct fate_config {
     int32_t         n_slots_list;
     int64_t         vram_bytes;  // FATE_SLOTS_AUTO: counts on a card of this size, 0: on all that the card has
     int64_t         vram_margin; // FATE_SLOTS_AUTO: bytes of each card to leave free
+    int32_t         stage_all;   // 1: on a GPU every step is staged, also a small one: a reference that needs few slots
     double          throttle;    // for benchmarks: bytes a second at which a GPU's misses are filled at most, 0: as many as come
     fate_open_fn    on_open;     // each may be null
     fate_step_fn    on_step;

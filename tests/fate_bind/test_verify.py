@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fate_bind import placement
 from fate_bind.__main__ import main
+from fate_bind.errors import EngineError
 from fate_bind.library import Library
+from fate_bind.session import Session
 from fate_bind.verify import verify
 
 
@@ -16,7 +20,7 @@ def test_equal_logits_are_identical(fake: Library, model: Path) -> None:
     assert (result.n_tokens, result.n_logits) == (8, 8 * 16)
     assert result.message == (
         f"identical: 128 logits over 8 tokens, 2 of 2 MoE layers engaged, {result.pooled} pooled pairs, "
-        f"{result.fills} fills, {result.evictions} evictions"
+        f"{result.fills} fills, {result.evictions} evictions; reference: the same model without the pool"
     )
     assert result.pooled == 8 * 2 * 2
 
@@ -64,7 +68,7 @@ def test_the_command_exits_as_documented(
     assert main(["verify", "--help"]) == main(["verify", "-h"]) == 0
     assert main([*command, "--fate-slots=4", "--fate-stats=json:/dev/full"]) == 3
     out, err = capsys.readouterr()
-    assert out.endswith(" evictions\n")
+    assert out.endswith("without the pool\n")
     assert err.startswith("fate: error: --fate-stats: /dev/full cannot be written: ")
     assert main([*command, "--fate-slot=8"]) == 3
     assert main(["verify", "-m", "none.gguf"]) == 3
@@ -95,5 +99,23 @@ def test_a_reference_of_its_own_gives_the_same_verdict(monkeypatch: pytest.Monke
     expected = verify(args=["-c", "64"], prompt=[5, 6, 7], n_tokens=6, slots="25%")
     monkeypatch.setattr(placement, "has_gpu", lambda: True)
     result = verify(args=["-c", "64"], prompt=[5, 6, 7], n_tokens=6, slots="25%")
-    assert result.message == expected.message
     assert result.message.startswith("identical")
+    assert result.message.partition(";")[0] == expected.message.partition(";")[0]
+    assert result.message.endswith("reference: the same model with all experts in VRAM")
+
+
+@pytest.mark.model
+def test_where_the_experts_do_not_fit_in_vram_every_step_is_staged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, where a staging context is one with few slots: the bits are the same."""
+
+    class NoRoom(Session):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            if options.get("place") is False:
+                raise EngineError("cannot load the model: out of memory")
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(placement, "has_gpu", lambda: True)
+    monkeypatch.setattr(sys.modules[verify.__module__], "Session", NoRoom)
+    result = verify(args=["-c", "64"], prompt=[5, 6, 7], n_tokens=6, slots="25%")
+    assert result.message.startswith("identical")
+    assert "every step's experts staged" in result.message

@@ -11,8 +11,10 @@ import pytest
 from numpy.typing import NDArray
 
 from fate_bind import library
+from fate_bind.host import Host
 from fate_bind.session import Session
 from fate_policy.base import Policy
+from fate_policy.config import load as load_config
 from fate_policy.frequency import Frequency
 from fate_policy.lru import LRU
 from fate_policy.random import Random
@@ -271,3 +273,17 @@ def test_throttled_fills_take_their_time(tokens: list[int]) -> None:
         filled = session.counters().totals()["bytes"] - before
     assert filled > 0
     assert filled / (rate * 1e9) < seconds < 1.5 * filled / (rate * 1e9) + 0.2
+
+
+def test_a_context_that_stages_every_step_gives_the_bits_of_resident(
+    pooled: Session, tokens: list[int], expected: dict[str, Logits]
+) -> None:
+    """The reference of `verify` where the experts do not fit."""
+    for name, workload in WORKLOADS.items():
+        host = Host(load_config("lru", {"slots": K}), require=True, stage_all=True)
+        with pooled.fork_with(host) as session:
+            got = workload(session, tokens)
+            total = session.counters().totals()
+        assert np.array_equal(got, expected[name]), name
+        assert total["hits"] == total["misses"] == 0
+        assert total["staged"] == total["routed"]
