@@ -39,10 +39,17 @@ _COMMON = (
         True,
     ),
 )
+# a step of a prompt brings every expert that has no slot once, whatever its size: larger steps, fewer times
+_LARGE_STEPS = _Rule(
+    ("-ub", "1024"),
+    ("-ub", "--ubatch-size", "-b", "--batch-size"),
+    ("LLAMA_ARG_UBATCH", "LLAMA_ARG_BATCH"),
+    needs_gpu=True,
+)
 _RULES = {
-    "completion": _COMMON,
-    "cli": _COMMON,
-    "server": _COMMON,
+    "completion": (*_COMMON, _LARGE_STEPS),
+    "cli": (*_COMMON, _LARGE_STEPS),
+    "server": (*_COMMON, _LARGE_STEPS),
     "perplexity": _COMMON,
     "bench": (
         _Rule(("--repack", "0"), ("--repack",)),

@@ -85,8 +85,9 @@ def test_the_command_exits_as_documented(
 def test_the_reference_on_a_gpu_has_all_experts_in_vram(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LLAMA_ARG_CPU_MOE", "LLAMA_ARG_N_GPU_LAYERS"):
         monkeypatch.delenv(name, raising=False)
-    assert placement.resident(["-c", "64"]) == ["-c", "64", "--no-repack", "-fit", "off", "-ngl", "999"]
-    assert placement.resident(["-fit", "off"]) == ["-fit", "off", "--no-repack", "-ngl", "999"]
+    assert placement.resident(["-ub", "64"]) == ["-ub", "64", "--no-repack", "-fit", "off", "-ngl", "999"]
+    given = ["-fit", "off", "--no-repack"]
+    assert placement.resident(given) == [*given, "-ngl", "999", "-ub", "1024"]
     for own in (["-ngl", "0"], ["--n-cpu-moe", "3"], ["-ot", "exps=CPU"]):
         assert placement.resident(own) is None
     monkeypatch.setenv("LLAMA_ARG_CPU_MOE", "1")
