@@ -17,7 +17,7 @@ from fate_policy.kernels import Routing, simulate, simulate_scores
 from fate_policy.model import AHEAD, Model, Scorer, chance
 from fate_policy.prefetch import simulate_prefetch
 from fate_policy.trace import Trace
-from fate_policy.train import shape_of, uses
+from fate_policy.train import FAR, shape_of, uses
 
 SHARES = (0.125, 0.25, 0.5, 0.75)
 HALF_LIVES = (8, 16, 32, 64)
@@ -83,8 +83,7 @@ def best_half_lives(traces: Sequence[Trace]) -> dict[tuple[str, float], float]:
 
 
 def slots_of(trace: Trace, share: float) -> NDArray[np.int64]:
-    least = np.array(trace.meta["k"], np.int64)
-    return np.maximum((np.array(trace.meta["n_experts"]) * share).astype(np.int64), least)
+    return shape_of(trace).slots(share)
 
 
 def evictions(
@@ -124,7 +123,7 @@ def evictions(
         row: dict[str, Any] = {"share": share, **rates, **closed}
         row["all_resident"] = sync.counters.as_dict()["all_resident"]
         if len(set(slots.tolist())) == 1:
-            n, window = int(slots[0]), keep.window
+            n, window = int(slots[0]), keep.window or FAR
             judged = decisions(routing, n, tables[keep.name], window)
             plain = decisions(routing, n, np.zeros_like(tables[keep.name]), window)
             row |= {"evicts_as_optimum": judged.as_optimum, "lru_evicts_as_optimum": plain.as_optimum}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from fate_policy.kernels import Routing
 from fate_policy.loops import compiled
@@ -41,6 +41,72 @@ def decisions(
     return Decisions(int(counts[0]), counts[1] / n, counts[2] / n)
 
 
+def reaches(ids: NDArray[np.integer], n_experts: int, n_slots: ArrayLike, most: int) -> NDArray[np.int64]:
+    """Return, (n_tokens, n_layers), the tokens to the next use of the victim that the optimum would choose.
+
+    Under forced admission with per-layer pools, of ids (n_tokens, n_layers, k), -1 = not run; at most `most`,
+    which also stands for a victim that is never used again and for a layer that still has a free slot.
+    """
+    slots = np.broadcast_to(np.asarray(n_slots, np.int64), ids.shape[1:2])
+    found = np.empty(ids.shape[:2], np.int64)
+    for layer in range(ids.shape[1]):
+        found[:, layer] = _reach(ids[:, layer].astype(np.int16), n_experts, slots[layer], most)
+    return found
+
+
+@compiled
+def _following(ids: NDArray[np.int16], n_experts: int, never: int) -> NDArray[np.int32]:
+    n_tokens, k = ids.shape
+    following = np.empty((n_tokens, n_experts), np.int32)
+    upcoming = np.full(n_experts, never)
+    for t in range(n_tokens - 1, -1, -1):
+        following[t] = upcoming
+        for j in range(k):
+            if ids[t, j] >= 0:
+                upcoming[ids[t, j]] = t
+    return following
+
+
+@compiled
+def _farthest(
+    resident: NDArray[np.bool_], pinned: NDArray[np.int64], t: int, following: NDArray[np.int32]
+) -> int:
+    """Return the resident that token t does not need and that is used last, -1 if there is none."""
+    victim = -1
+    for expert in range(len(resident)):
+        if resident[expert] and pinned[expert] != t and (victim < 0 or following[expert] > following[victim]):
+            victim = expert
+    return victim
+
+
+@compiled
+def _reach(ids: NDArray[np.int16], n_experts: int, n_slots: int, most: int) -> NDArray[np.int64]:
+    n_tokens, k = ids.shape
+    following = _following(ids, n_experts, n_tokens + most)
+    found = np.full(n_tokens, most)
+    resident = np.zeros(n_experts, np.bool_)
+    pinned = np.full(n_experts, -1)
+    n_resident = 0
+    for t in range(n_tokens):
+        for j in range(k):
+            if ids[t, j] >= 0:
+                pinned[ids[t, j]] = t
+        if n_resident == n_slots:
+            victim = _farthest(resident, pinned, t, following[t])
+            if victim >= 0:
+                found[t] = min(most, following[t, victim] - t)
+        for j in range(k):
+            expert = ids[t, j]
+            if expert < 0 or resident[expert]:
+                continue
+            if n_resident == n_slots:
+                resident[_farthest(resident, pinned, t, following[t])] = False
+            else:
+                n_resident += 1
+            resident[expert] = True
+    return found
+
+
 @compiled
 def _judge(
     ids: NDArray[np.int16],
@@ -52,14 +118,7 @@ def _judge(
 ) -> None:
     n_tokens, k = ids.shape
     n_experts = score.shape[1]
-    never = n_tokens + window
-    following = np.empty((n_tokens, n_experts), np.int32)
-    upcoming = np.full(n_experts, never)
-    for t in range(n_tokens - 1, -1, -1):
-        following[t] = upcoming
-        for j in range(k):
-            if ids[t, j] >= 0:
-                upcoming[ids[t, j]] = t
+    following = _following(ids, n_experts, n_tokens + window)
     resident = np.zeros(n_experts, np.bool_)
     pinned = np.full(n_experts, -1)
     last_use = np.zeros(n_experts, np.int64)

@@ -61,6 +61,10 @@ class Shape:
     def table(self) -> tuple[int, int]:
         return len(self.n_experts), int(self.n_experts.max(initial=1))
 
+    def slots(self, share: float) -> NDArray[np.int64]:
+        """Return the slots of each layer for a share of its experts, at least those of a token."""
+        return np.maximum((self.n_experts * share).astype(np.int64), self.k)
+
     def even_rates(self) -> NDArray[np.float32]:
         """Return k / n_experts of each expert that exists, float32 (n_layers, max_experts)."""
         exists = np.arange(self.table[1]) < self.n_experts[:, None]

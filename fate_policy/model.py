@@ -30,7 +30,8 @@ class Head:
     """One question that the model answers, as log-odds.
 
     kind : "now": used by this token; "keep": used in the `window` tokens after it; "late": used in the
-        `window` tokens after the next, the score then being one token old
+        `window` tokens after the next, the score then being one token old; window 0: used before the victim
+        that the optimum would choose
     share : the share of experts with a slot that a keep or late head was fitted for
     coef, intercept, bonus : float32 (n_layers, n_inputs), (n_layers,), (n_layers,)
     """
@@ -45,7 +46,7 @@ class Head:
 
     @property
     def name(self) -> str:
-        return self.kind if self.kind == "now" else f"{self.kind} {self.share:g}/{self.window}"
+        return self.kind if self.kind == "now" else f"{self.kind} {self.share:g}/{self.window or 'optimum'}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fate_policy import features, model
+from fate_policy.decisions import reaches
 from fate_policy.errors import FateError, TraceError
 from fate_policy.features import Features, Shape
 from fate_policy.model import AHEAD, AHEAD_LAYERS, INPUTS, TARGETS, Head, Model
@@ -29,7 +30,8 @@ class Options:
     The windows of the heads are chosen anew inside the training prompts by `tune`. The other defaults, and
     the features, come from a study on gpt-oss-20b that looked at its second half of stem and at safety too.
 
-    heads : the (share of slots, window) pairs that keep and late heads are fitted for
+    heads : the (share of slots, window) pairs that keep and late heads are fitted for; window 0 asks whether
+        the expert is used again before the victim that the optimum would choose with that share
     sample_every : rows are taken at every so many tokens
     rank_basis, rank : length of a token's summary, and of the squeezed context
     ridge : penalty of the context's regression, in mean squares of its inputs
@@ -316,13 +318,16 @@ def _fit_head(
     share: float,
     options: Options,
 ) -> Head:
-    n_layers = fitted.shape.table[0]
+    n_layers, n_experts = fitted.shape.table
     here, following = seen.used(seen.sampled), seen.used(seen.sampled + 1)
     ask = {"now": np.ones_like(here), "keep": ~here, "late": ~following}[kind]
+    within = np.full((len(seen.ids), n_layers), window + 1)
+    if window == 0:
+        within = reaches(seen.ids, n_experts, fitted.shape.slots(share), FAR)
     answer = {
         "now": here,
-        "keep": seen.next_use <= window,
-        "late": seen.next_but_one <= window,
+        "keep": seen.next_use < within[seen.sampled, :, None],
+        "late": seen.next_but_one < within[seen.sampled + 1, :, None],
     }[kind]
     estimators: list[Any] = []
     coef = np.zeros((n_layers, len(INPUTS)), np.float32)

@@ -43,6 +43,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--estimator", metavar="MODULE:CLASS", help="a scikit-learn classifier with predict_proba"
     )
     parser.add_argument(
+        "--label",
+        choices=("window", "optimum"),
+        default="window",
+        help="what scores answer: used again within so many tokens, or before the victim that the optimum "
+        "would choose (default: window)",
+    )
+    parser.add_argument(
         "--compare",
         nargs="*",
         metavar="MODULE:CLASS",
@@ -84,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
             f"no trace holds {LEAST_PROMPTS} prompts, to fit on some and test on others; give one as --test"
         )
     options = train.Options(seed=args.seed, estimator=args.estimator)
+    if args.label == "optimum":
+        options = replace(options, heads=tuple((share, 0) for share, _ in options.heads))
     thresholds: dict[str, float] = {}
     if args.quick:
         fitting = {name: _first_prompts(part, QUICK_TOKENS) for name, part in fitting.items()}

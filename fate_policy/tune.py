@@ -25,7 +25,9 @@ def tune(
     one that removes most misses at no more bytes than `assess.PREFETCH` allows.
     """
     fitting, judging = train.split(trace, 1 - HELD_OUT)
-    grid = tuple((share, window) for share, windows in WINDOWS.items() for window in windows)
+    given = {share: (0,) for share, window in options.heads if window == 0}
+    choices = {**WINDOWS, **given}
+    grid = tuple((share, window) for share, windows in choices.items() for window in windows)
     fitted = train.fit([fitting], replace(options, heads=grid, estimator=None), say)
     tables = assess.serve(fitted, judging)
     routing = Routing.of_trace(judging)
@@ -42,7 +44,7 @@ def tune(
         key = head.share, head.window
         hits[key] = hits.get(key, 0) + result.hit_rate
     heads = tuple(
-        (share, max(windows, key=lambda window: hits[share, window])) for share, windows in WINDOWS.items()
+        (share, max(windows, key=lambda window: hits[share, window])) for share, windows in choices.items()
     )
     return replace(options, heads=heads), _thresholds(fitted, judging, tables, dict(heads))
 
@@ -54,7 +56,7 @@ def _thresholds(
     now = chance(tables["now"])
     chosen = {}
     for share, (part, default, most_bytes) in assess.PREFETCH.items():
-        keep = chance(tables[f"keep {share:g}/{windows[share]}"])
+        keep = chance(tables[f"keep {share:g}/{windows[share] or 'optimum'}"])
         slots = assess.slots_of(judging, share)
         without = simulate_prefetch(routing, slots, now, keep, per_token=0)
         best = (without.misses, default)

@@ -166,6 +166,22 @@ def test_the_same_job_runs_on_processes_and_on_a_dask_cluster(file: Path) -> Non
         assert [{**row, "seconds": 0} for row in compare(*asked)] == plain
 
 
+@pytest.mark.slow
+def test_the_same_job_runs_on_a_ray_cluster(file: Path) -> None:
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install ray")
+    from ray.util.joblib import register_ray
+
+    asked: Any = ([str(file)], ["lru", "random"], ["25%"])
+    plain = [{**row, "seconds": 0} for row in compare(*asked)]
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        register_ray()
+        with joblib.parallel_config("ray", n_jobs=2):
+            assert [{**row, "seconds": 0} for row in compare(*asked)] == plain
+    finally:
+        ray.shutdown()
+
+
 @pytest.mark.parametrize(
     ("spec", "attributes"),
     [

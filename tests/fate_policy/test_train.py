@@ -51,6 +51,14 @@ def test_fitting_twice_gives_the_same() -> None:
     assert [head.name for head in one.heads] == ["now", "keep 0.25/4", "late 0.25/4"]
 
 
+def test_the_label_may_be_the_optimums_choice() -> None:
+    fitted = train.fit([synthetic_trace()], replace(SMALL, heads=((0.25, 0),)))
+    assert [head.name for head in fitted.heads] == ["now", "keep 0.25/optimum", "late 0.25/optimum"]
+    window = train.fit([synthetic_trace()], SMALL)
+    assert np.array_equal(fitted.head("now").coef, window.head("now").coef)
+    assert not np.array_equal(fitted.head("keep").coef, window.head("keep").coef)
+
+
 def test_foreign_traces_are_refused() -> None:
     with pytest.raises(TraceError, match="different layers or experts"):
         train.fit([synthetic_trace(), real_trace()], SMALL)
