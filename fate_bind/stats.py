@@ -57,7 +57,7 @@ def merge(reports: Sequence[Report]) -> list[Report]:
         shape = (
             report.model,
             report.reason,
-            *(np.asarray(column).tobytes() for column in vars(report.geometry).values()),
+            *(np.asarray(value).tobytes() for value in vars(report.geometry).values()),
         )
         groups[shape] = _add(groups[shape], report) if shape in groups else report
     return sorted(groups.values(), key=lambda report: not report.engaged)
