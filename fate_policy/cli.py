@@ -123,6 +123,10 @@ def _replay(args: argparse.Namespace) -> int:
 
     if not args.link > 0:
         raise FateError(f"--link {args.link}: expected a number of GB/s greater than 0")
+    if args.resident is not None and not args.resident > 0:
+        raise FateError(f"--resident {args.resident}: expected a number of tokens/s greater than 0")
+    if args.jobs == 0:
+        raise FateError("--jobs 0: expected a number of workers, or -1 for all cores")
     if args.plot is not None:
         checks.target("plot", args.plot)
     common: dict[str, Any] = {

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from fate_policy import assess, checks, cost, data, trace, train, tune
-from fate_policy.errors import FateError
-from fate_policy.features import TABLE_MB
+from fate_policy.errors import FateError, TraceError
+from fate_policy.features import TABLE_MB, Features
 from fate_policy.trace import Trace
 
 QUICK_TOKENS, QUICK_TEST_TOKENS = 10_000, 4_000
@@ -91,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
             f"no trace holds {LEAST_PROMPTS} prompts, to fit on some and test on others; give one as --test"
         )
     options = train.Options(seed=args.seed, estimator=args.estimator)
+    _check(args, options, [*fitting.values(), *(test for test, _ in tests.values())])
     if args.label == "optimum":
         options = replace(options, heads=tuple((share, 0) for share, _ in options.heads))
     thresholds: dict[str, float] = {}
@@ -158,6 +159,19 @@ def run(args: argparse.Namespace) -> int:
     if fitted.meta["tokens"] != "id":
         say(f"for replay only: the trace names tokens by {fitted.meta['tokens']}, and a run names them by id")
     return 0
+
+
+def _check(args: argparse.Namespace, options: train.Options, traces: list[Trace]) -> None:
+    """Find out before the work what would fail after it."""
+    for name in filter(None, (options.estimator, *(args.compare or ()))):
+        train.make_estimator(name, options.seed)
+    shape = train.shape_of(traces[0])
+    for other in traces[1:]:
+        if train.shape_of(other).n_experts.tolist() != shape.n_experts.tolist():
+            raise TraceError("the traces are of models with different layers or experts")
+    n = shape.table[0] * shape.table[1]
+    rank = min(options.rank_basis, n)
+    Features(shape, np.zeros((n, rank), np.float32), np.zeros(rank, np.float32), table_mb=args.table_mb)
 
 
 def _load(name: str, folder: str | None) -> tuple[Path, Trace]:

@@ -89,6 +89,19 @@ def test_plan_writes_slots_and_shows_what_they_gain(capsys: pytest.CaptureFixtur
         (["replay", "real", "--policy", "lruu"], "did you mean 'lru'?"),
         (["replay", "real", "--capacity", "3"], "a token uses 4 of them; the minimum is 4"),
         (["replay", "real", "--refresh-tokens", "0"], "refresh_tokens: 0 is not allowed; expected a whole"),
+        (["replay", "real", "-j", "0"], "--jobs 0: expected a number of workers, or -1 for all cores"),
+        (
+            ["replay", "real", "--resident", "-5"],
+            "--resident -5.0: expected a number of tokens/s greater than 0",
+        ),
+        (
+            ["train", "real", "--test", "real", "--table-mb", "0.01"],
+            "table_mb: 0.01 is not allowed; expected at",
+        ),
+        (
+            ["train", "real", "--test", "real", "--estimator", "none"],
+            "estimator 'none': No module named 'none'",
+        ),
         (["replay", "real", "--link", "0"], "--link 0.0: expected a number of GB/s greater than 0"),
         (["plan", "--trace", "real", "--budget", "8", "--expert-bytes", "1"], "budget: '8' is not allowed"),
         (
