@@ -74,8 +74,9 @@ static std::vector<float> run(fate_model * model, fate_context * context, int n_
 
 // what a binding does in its callbacks, without Python
 struct user_data {
-    std::atomic<int> opened{ 0 }, closed{ 0 }, steps{ 0 }, misses{ 0 };
-    bool             lie = false;
+    std::atomic<int> opened{ 0 }, closed{ 0 }, steps{ 0 }, expected{ 0 }, misses{ 0 };
+    int              steps_before = 0; // handed over before the first is expected
+    bool             lie          = false;
 };
 
 static int32_t on_open(void * user, fate_engine *) {
@@ -90,6 +91,18 @@ static void on_close(void * user, fate_engine *) {
 static int32_t on_step(void * user, fate_engine *, const fate_step * step, float * scores, float * bonus, int32_t * published) {
     ++static_cast<user_data *>(user)->steps;
     scores[0]  = static_cast<float>(step->n_tokens);
+    bonus[0]   = 1.0f;
+    *published = 1;
+    return FATE_STATUS_OK;
+}
+
+// One step is expected more than was handed over.
+static int32_t on_expect(void * user, fate_engine *, int32_t n_tokens, const int32_t * tokens, const int32_t *, const int32_t * sequences,
+                         float * scores, float * bonus, int32_t * published) {
+    user_data * data = static_cast<user_data *>(user);
+    CHECK(data->expected == data->steps - data->steps_before);
+    ++data->expected;
+    scores[0]  = static_cast<float>(tokens[n_tokens - 1] + sequences[0]);
     bonus[0]   = 1.0f;
     *published = 1;
     return FATE_STATUS_OK;
@@ -185,6 +198,28 @@ static void test_cycles(int n) {
     printf("allocated: %zu bytes after %d cycles, %zu after %d\n", before, n / 10 + 1, after, n);
     CHECK(data.opened == n && data.closed == n);
     CHECK(after < before + 64 * 1024);
+}
+
+// With sync a step is told before it runs, the first too; without, once it runs and the one before was handed over.
+static void test_expected_steps() {
+    fate_model * model = open_model();
+    for (const int32_t sync : { 0, 1 }) {
+        user_data   data;
+        fate_config config = with_callbacks(data);
+        config.sync        = sync;
+        config.expects     = 1;
+        config.on_expect   = on_expect;
+        data.steps_before  = sync ? 0 : 1;
+        configure(FATE_MODE_TABLE, 25, config);
+        fate_context * context = open_context(model, true);
+        run(model, context, 12);
+        CHECK(data.expected == (sync ? 13 : 12));
+        CHECK(data.steps == (sync ? 13 : 12));
+        CHECK(fate_engine_check(fate_context_engine(context)) == FATE_STATUS_OK);
+        fate_context_close(context);
+        CHECK(data.steps == 13);
+    }
+    fate_model_close(model);
 }
 
 // what the steps told, to hold against the counters
@@ -308,6 +343,7 @@ int main(int argc, char ** argv) {
     const std::string what = argv[2];
     if (what == "exact") {
         test_exact();
+        test_expected_steps();
         test_aborted_ubatch();
     } else if (what == "cycles" && argc > 3) {
         test_cycles(atoi(argv[3]));
