@@ -176,7 +176,7 @@ class Simulation:
                 raise FateError(
                     f"the optimum takes at most {2**24} steps, not {routing.n_steps}; cut the trace"
                 )
-            next_use = loops.next_uses(routing.ids, routing.bounds, routing.path, slots // routing.k, *shape)
+            next_use = loops.next_uses(routing.ids, routing.bounds, routing.path, slots, routing.k, *shape)
         self._flow = loops.Flow(
             ids=routing.ids,
             bounds=routing.bounds,

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from fate_policy.base import BYPASS, NOT_RUN, POOL, STAGED
 from fate_policy.errors import FateError
+from fate_policy.rule import first_seed_row
 
 try:
     from numba import njit
@@ -17,6 +18,7 @@ except ImportError as error:
 
 compiled = njit(cache=True, nogil=True)
 inlined = njit(cache=True, nogil=True, forceinline=True)  # half of a loop is in passing so many arrays
+_first_seed_row = compiled(first_seed_row)  # numba's cache goes by this file's date, not by that of rule.py
 
 RULES = ("lru", "frequency", "lfru", "table", "optimum")
 LRU, FREQUENCY, LFRU, TABLE, OPTIMUM = range(5)
@@ -96,14 +98,14 @@ class State(NamedTuple):
 
 
 @compiled
-def next_uses(ids: Any, bounds: Any, path: Any, seed_rows: Any, n_layers: int, width: int) -> Any:
+def next_uses(ids: Any, bounds: Any, path: Any, slots: Any, k: Any, n_layers: int, width: int) -> Any:
     """Return the step of each use's next need of a slot, as `OfflinePolicy.foresee` defines needs."""
     n_steps = len(bounds) - 1
     following = np.full((n_layers, width), n_steps, np.int32)
     out = np.full(ids.shape, n_steps, np.int32)
     for step in range(n_steps - 1, -1, -1):
         for layer in range(n_layers):
-            first = _first_need(bounds[step], bounds[step + 1], path, layer, seed_rows[layer])
+            first = _first_need(bounds[step], bounds[step + 1], ids, path, layer, slots[layer], k[layer])
             for row in range(first, bounds[step + 1]):
                 for rank in range(ids.shape[2]):
                     expert = ids[row, layer, rank]
@@ -126,17 +128,11 @@ def _path_of(start: int, stop: int, path: Any, layer: int) -> Any:
 
 
 @compiled
-def _first_need(start: int, stop: int, path: Any, layer: int, seed_rows: int) -> Any:
-    """Return the first row of a step whose experts need slots: past the pool, the last `seed_rows`."""
+def _first_need(start: int, stop: int, ids: Any, path: Any, layer: int, n_slots: int, k: int) -> Any:
+    """Return the first row of a step whose experts need slots: past the pool, the first that seeds."""
     if _path_of(start, stop, path, layer) <= POOL:
         return start
-    left = seed_rows
-    for row in range(stop - 1, start - 1, -1):
-        if path[row, layer] != NOT_RUN:
-            left -= 1
-            if left == 0:
-                return row
-    return start
+    return start + _first_seed_row(ids[start:stop, layer], k, n_slots)
 
 
 @inlined
@@ -322,7 +318,7 @@ def run(
                 if seeding or kind == POOL:
                     first = start
                     if seeding:
-                        first = _first_need(start, stop, path, layer, slots[layer] // k[layer])
+                        first = _first_need(start, stop, ids, path, layer, slots[layer], k[layer])
                     op += 1
                     n_absent = 0
                     n_hits = 0

@@ -15,7 +15,7 @@ from fate_policy.config import Slots
 from fate_policy.counters import Counters
 from fate_policy.driver import Driver
 from fate_policy.errors import TraceError
-from fate_policy.rule import LayerTable
+from fate_policy.rule import LayerTable, first_seed_row
 from fate_policy.trace import Trace
 
 
@@ -149,7 +149,7 @@ class _Replay:
             table.use(uses)
         for layer, kind in enumerate(kinds):
             if kind > POOL:
-                last = ids[_seeding_rows(path[:, layer], self.geometry, layer), layer, ::-1]
+                last = ids[_first_seed_row(ids, self.geometry, layer) :, layer, ::-1]
                 seeded = self._bring(layer, last[last >= 0], fills, evictions)
                 counters.seed_fills[layer] += int(seeded.sum())
         counters.tokens += stop - start
@@ -194,9 +194,8 @@ class _Replay:
         return miss
 
 
-def _seeding_rows(path: NDArray[np.uint8], geometry: Geometry, layer: int) -> NDArray[np.intp]:
-    """Return the last rows of a step that together fit a layer's slots."""
-    return np.flatnonzero(path != NOT_RUN)[-(geometry.n_slots[layer] // geometry.k[layer]) :]
+def _first_seed_row(ids: NDArray[np.int32], geometry: Geometry, layer: int) -> int:
+    return first_seed_row(ids[:, layer], int(geometry.k[layer]), int(geometry.n_slots[layer]))
 
 
 def paths(trace: Trace, geometry: Geometry) -> NDArray[np.uint8]:
@@ -236,6 +235,6 @@ def _needs(
     step = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
     for start, stop in pairwise(bounds.tolist()):
         for layer in np.flatnonzero((path[start:stop] > POOL).any(axis=0)).tolist():
-            seeds = _seeding_rows(path[start:stop, layer], geometry, layer)
-            needs[start : start + seeds[0], layer] = -1
+            first = _first_seed_row(needs[start:stop], geometry, layer)
+            needs[start : start + first, layer] = -1
     return needs, step

@@ -14,7 +14,38 @@ from numpy.typing import NDArray
 Ask = Callable[[int, NDArray[np.bool_]], NDArray[np.int32]]
 """Question `(n, pinned bool (n_experts,)) -> n experts to evict`."""
 
+SEED_PAIRS = 1024
+"""At most so many uses seed, or as many as there are slots."""
+
 _NONE = np.empty(0, np.int32)
+
+
+def first_seed_row(ids: NDArray[np.integer], k: int, n_slots: int) -> int:
+    """Return the first of an op's last rows whose experts seed the slots after it went past the pool.
+
+    These are as many rows as together use at most `n_slots` experts and are at most `SEED_PAIRS` uses.
+    `ids` has shape (n_rows, at least k), -1 = none; a row without an expert did not run. Written so that it
+    also compiles.
+    """
+    used = np.zeros(ids.max() + 1, np.bool_)
+    n_used = 0
+    n_left = max(SEED_PAIRS, n_slots) // k
+    first = len(ids)
+    for row in range(len(ids) - 1, -1, -1):
+        ran = False
+        for rank in range(ids.shape[1]):
+            expert = ids[row, rank]
+            if expert >= 0:
+                ran = True
+                if not used[expert]:
+                    used[expert] = True
+                    n_used += 1
+        if ran:
+            if n_left == 0 or n_used > n_slots:
+                break
+            n_left -= 1
+            first = row
+    return first
 
 
 def pick_victims(

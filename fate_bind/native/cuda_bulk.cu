@@ -135,7 +135,7 @@ void fate_cuda_bulk::order(size_t layer, size_t tensor) {
     is_busy_     = true;
 }
 
-void fate_cuda_bulk::launch(size_t layer, const fate_cuda_call & call, const fate_cuda_call & seeds, cudaStream_t stream) {
+void fate_cuda_bulk::launch(size_t layer, const fate_cuda_call & call, cudaStream_t stream) {
     const fate_cuda_layer & l     = layers_[layer];
     const fate_cuda_batch & batch = batches_[layer];
     if (!is_fetched_) {
@@ -155,7 +155,7 @@ void fate_cuda_bulk::launch(size_t layer, const fate_cuda_call & call, const fat
     fate_cuda_layer decides = l;
     decides.n_tensors       = 0; // the copies follow, tensor by tensor
     fate_cuda_launch(l.desk ? fate_bring<true, true> : fate_bring<true>, 1, FATE_CUDA_THREADS, fate_bring_bytes(l.n_experts), stream,
-                     /*chained =*/false, decides, seeds);
+                     /*chained =*/false, decides, fate_seeds_of(l, call));
     for (size_t t = 0; t < parts_[layer].size(); ++t) {
         if (!given_[layer].tensors[t].is_part) {
             fate_batch_stage<<<1, FATE_CUDA_THREADS, 0, stream>>>(parts_[layer][t].layer, batch, true);

@@ -35,8 +35,8 @@ public:
 
     // A step is about to be enqueued, outside of a capture. If it is a bulk one, waits for what is enqueued and has the first layer's experts brought.
     void begin(bool is_bulk, cudaStream_t stream);
-    // The op of the ids; seeds: the rows that are admitted.
-    void launch(size_t layer, const fate_cuda_call & call, const fate_cuda_call & seeds, cudaStream_t stream);
+    // The op of the ids.
+    void launch(size_t layer, const fate_cuda_call & call, cudaStream_t stream);
     // The op of a tensor; llama.cpp's graph has its product next.
     void launch_part(size_t layer, size_t tensor, bool next_is_bulk, cudaStream_t stream);
     // Whoever else uses staging comes after the copies that are under way.

@@ -322,14 +322,6 @@ std::string fate_cuda_device::begin(int32_t n_tokens) {
     }
 }
 
-// The last rows of a staged op: they seed the slots.
-static fate_cuda_call seeds_of(const fate_cuda_layer & layer, const fate_cuda_call & call) {
-    fate_cuda_call seeds = call;
-    seeds.n_rows         = std::min(call.n_rows, layer.n_slots / layer.k);
-    seeds.ids            = call.ids + (call.n_rows - seeds.n_rows) * call.stride;
-    return seeds;
-}
-
 void fate_cuda_device::enqueue(uint8_t path, const fate_cuda_layer & layer, const fate_cuda_call & call) {
     if (path == FATE_PATH_POOL) {
         const auto bring = ring_ ? (callback_ ? fate_bring<false, true, true> : fate_bring<false, false, true>) :
@@ -346,7 +338,7 @@ void fate_cuda_device::enqueue(uint8_t path, const fate_cuda_layer & layer, cons
     FATE_CUDA(cudaGetLastError());
     // from staging while it holds them
     fate_cuda_launch(callback_ ? fate_bring<true, true> : fate_bring<true>, n_blocks_, FATE_CUDA_THREADS, fate_bring_bytes(layer.n_experts),
-                     stream_, /*chained =*/false, layer, seeds_of(layer, call));
+                     stream_, /*chained =*/false, layer, fate_seeds_of(layer, call));
 }
 
 fate_cuda_call fate_cuda_device::call_of(size_t layer, const ggml_tensor * dst) {
@@ -393,9 +385,8 @@ bool fate_cuda_device::is_bulk(size_t layer, int32_t n_rows) const {
 }
 
 void fate_cuda_device::launch_bulk(size_t layer, ggml_tensor * dst, void * stream) {
-    stream_                   = static_cast<cudaStream_t>(stream);
-    const fate_cuda_call call = call_of(layer, dst);
-    bulk_->launch(layer, call, seeds_of(layers_[layer], call), stream_);
+    stream_ = static_cast<cudaStream_t>(stream);
+    bulk_->launch(layer, call_of(layer, dst), stream_);
     note_launch();
 }
 

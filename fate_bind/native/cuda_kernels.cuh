@@ -25,7 +25,32 @@ static inline size_t fate_bring_bytes(int32_t n_experts) {
     return fate_bring_cap(n_experts) * (sizeof(int64_t) + 7 * sizeof(int32_t));
 }
 
-// SEED false: the pool path's op. SEED true: admits the experts of the call's rows after a staged op, from staging; nothing is used or looked up.
+static_assert(FATE_SEED_PAIRS <= FATE_CUDA_THREADS, "a thread for each pair of the rows that may seed");
+static_assert(FATE_CUDA_MAX_EXPERTS <= FATE_SEED_PAIRS, "slots are never more");
+
+// The call of the rows that may seed after a staged op.
+static inline fate_cuda_call fate_seeds_of(const fate_cuda_layer & layer, const fate_cuda_call & staged) {
+    const int32_t  most  = FATE_SEED_PAIRS / layer.k;
+    fate_cuda_call seeds = staged;
+    seeds.n_rows         = staged.n_rows < most ? staged.n_rows : most;
+    seeds.ids            = staged.ids + (staged.n_rows - seeds.n_rows) * staged.stride;
+    return seeds;
+}
+
+// The first of the call's rows that seed, as fate_seed_rows() counts them. last[n_experts]: all -1; becomes the expert's last pair.
+static __device__ int fate_first_seed_row(const fate_cuda_layer & layer, int32_t expert, bool is_pair, int32_t * last, int * scratch) {
+    const int tid = threadIdx.x;
+    if (is_pair) {
+        atomicMax(&last[expert], tid);
+    }
+    __syncthreads();
+    int        n_used;
+    const int  n_before    = fate_rank_of(is_pair && last[expert] == tid, scratch, n_used); // experts that no later pair uses
+    const bool is_too_many = n_used - n_before > layer.n_slots;
+    return __syncthreads_count(is_pair && tid % layer.k == 0 && is_too_many);
+}
+
+// SEED false: the pool path's op. SEED true: admits experts of the call's last rows after a staged op, from staging; nothing is used or looked up.
 // ASK: callback mode, the host names the victims. RING: experts come through the ring.
 template <bool SEED, bool ASK = false, bool RING = false>
 static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __grid_constant__ fate_cuda_layer layer,
@@ -48,7 +73,7 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
     const int32_t slot_of   = is_expert ? layer.slot_of[tid] : 0;
     const int64_t clock     = layer.head->clock;
     const int     n_pairs   = call.n_rows * layer.k;
-    const bool    is_pair   = tid < n_pairs;
+    bool          is_pair   = tid < n_pairs;
     const int     row       = tid / layer.k;
     const int     rank      = layer.k - 1 - tid % layer.k; // uses are ordered by row, then from the worst rank
     fate_pdl_launch_next();
@@ -58,8 +83,15 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
     if (is_expert) {
         s_slot_of[tid] = slot_of;
         s_first[tid]   = INT_MAX;
+        if constexpr (SEED) {
+            s_missing[tid] = -1;
+        }
     }
     __syncthreads();
+    if constexpr (SEED) {
+        const int first = fate_first_seed_row(layer, expert, is_pair, s_missing, s_scratch);
+        is_pair         = is_pair && row >= first;
+    }
     const int32_t slot = s_slot_of[expert];
     if (!__syncthreads_or(is_pair && slot < 0)) {
         if (SEED || blockIdx.x != 0) {
@@ -185,20 +217,23 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
             }
         }
     }
-    if (tid < call.n_rows) {
-        s_before[tid] = 0; // from here on by row: a miss
+    int n_whole = 0;
+    if constexpr (!SEED) {
+        if (tid < call.n_rows) {
+            s_before[tid] = 0; // from here on by row: a miss
+        }
+        __syncthreads();
+        if (is_miss) {
+            s_before[row] = 1;
+        }
+        if (is_pair) {
+            call.out[row * layer.k + rank] = s_slot_of[expert];
+            fate_max(&layer.last_use[expert], clock + tid + 1);
+            fate_note(layer, call, row, rank, expert, !is_miss);
+        }
+        __syncthreads();
+        n_whole = __syncthreads_count(tid < call.n_rows && s_before[tid] == 0);
     }
-    __syncthreads();
-    if (is_miss) {
-        s_before[row] = 1;
-    }
-    if (!SEED && is_pair) {
-        call.out[row * layer.k + rank] = s_slot_of[expert];
-        fate_max(&layer.last_use[expert], clock + tid + 1);
-        fate_note(layer, call, row, rank, expert, !is_miss);
-    }
-    __syncthreads();
-    const int n_whole = __syncthreads_count(tid < call.n_rows && s_before[tid] == 0);
     if (tid == 0) {
         layer.head->arrived = 0;
         if constexpr (ASK) {

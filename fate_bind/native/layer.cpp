@@ -141,7 +141,7 @@ void fate_layer::bypass(const fate_ids & ids) {
     counters_[FATE_COUNTER_BYPASSED] += static_cast<int64_t>(ids.n_rows) * ids.k;
     counters_[FATE_COUNTER_ROUTED] += static_cast<int64_t>(ids.n_rows) * ids.k;
 
-    n_seed_rows_ = std::min(ids.n_rows, table_.n_slots / ids.k);
+    n_seed_rows_ = fate_seed_rows(ids, table_.n_experts, table_.n_slots);
     seed_ids_.resize(static_cast<size_t>(n_seed_rows_) * ids.k);
     for (int32_t row = 0; row < n_seed_rows_; ++row) {
         for (int32_t rank = 0; rank < ids.k; ++rank) {
@@ -166,6 +166,23 @@ void fate_layer::seed(bool callback, fate_layer_io & io) {
     for (const int32_t expert : needed_) {
         is_needed_[expert] = 0;
     }
+}
+
+int32_t fate_seed_rows(const fate_ids & ids, int32_t n_experts, int32_t n_slots) {
+    const int32_t        most = std::min(ids.n_rows, std::max(FATE_SEED_PAIRS, n_slots) / ids.k);
+    std::vector<uint8_t> is_used(n_experts);
+    int32_t              n_used = 0;
+    for (int32_t n = 0; n < most; ++n) {
+        for (int32_t rank = 0; rank < ids.k; ++rank) {
+            uint8_t & used = is_used[ids.at(ids.n_rows - 1 - n, rank)];
+            n_used += !used;
+            used = 1;
+        }
+        if (n_used > n_slots) {
+            return n;
+        }
+    }
+    return most;
 }
 
 int32_t fate_first_inconsistent_slot(const std::vector<int32_t> & slot_of, const std::vector<int32_t> & expert_of) {

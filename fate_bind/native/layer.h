@@ -34,6 +34,9 @@ struct fate_ids {
     }
 };
 
+// How many of the op's last rows seed n_slots slots; see FATE_SEED_PAIRS. Never fewer than min(n_rows, n_slots / k).
+int32_t fate_seed_rows(const fate_ids & ids, int32_t n_experts, int32_t n_slots);
+
 // Invariant 3: the slot of the first fault, n_slots if only counts disagree, -1 if there is none.
 int32_t fate_first_inconsistent_slot(const std::vector<int32_t> & slot_of, const std::vector<int32_t> & expert_of);
 
@@ -44,7 +47,7 @@ public:
     // A call of the pool path: rows x k <= n_slots. Writes slots[n_rows][k] and hits[n_rows][k].
     void resolve(const fate_ids & ids, bool callback, fate_layer_io & io, int32_t * slots, uint8_t * hits);
 
-    // A call of the bypass path: counts, notes the uses, keeps the last floor(n_slots / k) rows for seed().
+    // A call of the bypass path: counts, notes the uses, keeps the rows that seed() admits from.
     void bypass(const fate_ids & ids);
     // Admits what bypass() kept, oldest row first.
     void seed(bool callback, fate_layer_io & io);

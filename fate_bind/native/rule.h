@@ -12,6 +12,10 @@
 #    define FATE_HOST_DEVICE
 #endif
 
+// Seeding, after an op that went past the pool: the experts of its last rows are admitted, of as many rows as together use no more experts than there are
+// slots. These rows are at most so many uses, which a block of the CUDA kernel takes, or as many as there are slots.
+static const int32_t FATE_SEED_PAIRS = 1024;
+
 // One layer's tables. A view: the owner decides where the arrays live.
 struct fate_table {
     int32_t n_experts;

@@ -12,7 +12,7 @@ class TestLRU(PolicyContract):
 
 
 def test_golden_counts() -> None:
-    assert golden(replay(synthetic_trace(), "lru")) == (1989, 1083, 1129, 1106, 201)
+    assert golden(replay(synthetic_trace(), "lru")) == (1991, 1081, 1130, 1107, 202)
     assert golden(replay(real_trace(), "lru", n_slots=8)) == (26389, 12011, 12011, 11819, 2810)
 
 

@@ -22,7 +22,7 @@ class TestRandom(PolicyContract):
 
 
 def test_golden_counts() -> None:
-    assert golden(replay(synthetic_trace(), "random")) == (1972, 1100, 1143, 1120, 198)
+    assert golden(replay(synthetic_trace(), "random")) == (1970, 1102, 1148, 1125, 196)
     assert golden(replay(real_trace(), "random", n_slots=8)) == (25252, 13148, 13148, 12956, 2316)
 
 

@@ -67,6 +67,14 @@ def test_a_bypass_seeds_from_its_last_rows() -> None:
     assert (totals["bypassed"], totals["seed_fills"], totals["fills"], totals["misses"]) == (3, 2, 4, 2)
 
 
+def test_a_bypass_seeds_from_all_last_rows_whose_experts_fit() -> None:
+    """Rows are counted by their distinct experts: 2 alone would leave a slot empty."""
+    spy = Spy()
+    replay(tiny([[0], [3], [2], [2], [2], [3]], [0] * 5 + [1], 4, 2), spy)
+    assert spy.steps[0].fills.tolist() == [[0, 3], [0, 2]]
+    assert spy.steps[1].hits.tolist() == [[[1]]]
+
+
 @pytest.mark.parametrize("mode", ["table", "callback"])
 def test_seeding_knows_the_uses_of_its_own_step(mode: str) -> None:
     """The batch used 0 before the rows it seeds from, so 1 and 2 go; no policy has observed that yet."""

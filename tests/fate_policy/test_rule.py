@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +14,20 @@ from policy_contract import SYNTHETIC, geometry, synthetic_trace
 
 from fate_policy.base import NOT_RUN, POOL, STAGED, Geometry, History, Policy, Step
 from fate_policy.replay import replay
-from fate_policy.rule import LayerTable, pick_victims
+from fate_policy.rule import SEED_PAIRS, LayerTable, first_seed_row, pick_victims
 from fate_policy.trace import Trace
+
+RULE_H = Path(__file__).parents[2] / "fate_bind" / "native" / "rule.h"
+
+
+def seeding(rows: list[list[int]], k: int, n_slots: int) -> list[list[int]]:
+    """Return the last rows of an op that seed: every number of them is tried."""
+    return next(
+        rows[len(rows) - n :]
+        for n in range(len(rows), -1, -1)
+        if len({expert for row in rows[len(rows) - n :] for expert in row}) <= n_slots
+        and n * k <= max(SEED_PAIRS, n_slots)
+    )
 
 
 class NaiveLayer:
@@ -87,7 +101,7 @@ def naive_counts(
                 counts["rows"][index] += kind == POOL
                 counts["rows_all_resident"][index] += kind == POOL and whole
             if kind > POOL:
-                to_seed.append((index, rows[-(shape.n_slots[index] // shape.k[index]) :]))
+                to_seed.append((index, seeding(rows, int(shape.k[index]), int(shape.n_slots[index]))))
         for index, rows in to_seed:
             for expert in [e for row in rows for e in reversed(row)]:
                 if expert not in layers[index].slots:
@@ -139,6 +153,38 @@ def test_replay_counts_as_the_slow_rule(seed: int, sync: bool) -> None:
     for mode in ("table", "callback") if sync else ("table",):
         counters = replay(routed, Scripted(tables), sync=sync, mode=mode)
         assert {name: getattr(counters, name).tolist() for name in expected} == expected
+
+
+def test_as_many_rows_seed_as_fit() -> None:
+    ids = np.array([[4, 5], [0, 1], [2, 1], [-1, -1], [1, 0]], np.int32)  # the fourth did not run
+    assert [first_seed_row(ids, 2, n_slots) for n_slots in (2, 3, 4, 5)] == [4, 1, 1, 0]
+    same = np.tile(np.array([[1, 0, 2]], np.int16), (500, 1))
+    assert [500 - first_seed_row(same, 3, n_slots) for n_slots in (3, 1200)] == [1024 // 3, 400]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_rows_that_seed_are_those_of_the_slow_rule(seed: int) -> None:
+    """Some are ended by the slots, some by the limit on uses."""
+    rng = np.random.default_rng(seed)
+    ends = set()
+    for _ in range(60):
+        n_experts = int(rng.choice([4, 20, 300, 1500]))
+        k = int(rng.integers(1, min(n_experts, 6) + 1))
+        n_slots = int(rng.integers(k, n_experts + 1))
+        some = int(rng.integers(1, n_experts + 1))  # few: rows repeat experts
+        ids = rng.integers(0, some, (int(rng.choice([1, 20, 500])), k))
+        rows = seeding(ids.tolist(), k, n_slots)
+        assert ids[first_seed_row(ids, k, n_slots) :].tolist() == rows
+        assert len(rows) >= min(len(ids), n_slots // k)
+        if len(rows) < len(ids):
+            ends.add("limit" if (len(rows) + 1) * k > max(SEED_PAIRS, n_slots) else "slots")
+    assert ends == {"limit", "slots"}
+
+
+def test_the_engine_has_the_same_limit() -> None:
+    found = re.search(r"FATE_SEED_PAIRS = (\d+);", RULE_H.read_text(encoding="utf-8"))
+    assert found is not None
+    assert int(found[1]) == SEED_PAIRS
 
 
 @pytest.mark.parametrize("n_slots", [4, 7, 15])

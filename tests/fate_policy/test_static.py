@@ -36,11 +36,11 @@ class TestStatic(PolicyContract):
 def test_golden_counts(tmp_path: Path) -> None:
     np.savez(tmp_path / "p.npz", scores=ranked(SYNTHETIC), note="mine")
     assert golden(replay(synthetic_trace(), Static(profile=str(tmp_path / "p.npz")))) == (
-        1964,
-        1108,
-        1150,
-        1127,
-        195,
+        1962,
+        1110,
+        1156,
+        1133,
+        194,
     )
     real_trace().slice(0, 200).save(tmp_path / "t.npz")
     assert golden(replay(real_trace(), Static(profile=str(tmp_path / "t.npz")), n_slots=8)) == (

@@ -81,10 +81,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
             layer.reset();
             io.expert_in.assign(n_slots, -1);
         } else {
-            const int32_t        n_rows = what % 16 == 2 ? input.next() % 12 : 1;
+            const int32_t        n_rows = what % 16 == 2 ? input.next() % 32 : 1;
+            const int32_t        some   = 1 + input.next() % n_experts; // few: rows repeat experts
             std::vector<int32_t> flat(static_cast<size_t>(n_rows) * k);
             for (int32_t & expert : flat) {
-                expert = input.next() % n_experts;
+                expert = input.next() % some;
             }
             const fate_ids ids      = { reinterpret_cast<const char *>(flat.data()), static_cast<int64_t>(k * sizeof(int32_t)), n_rows, k };
             const bool     callback = what & 128;
@@ -101,6 +102,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
             } else {
                 layer.bypass(ids);
                 layer.seed(callback, io);
+                for (size_t i = flat.size() - static_cast<size_t>(n_slots / k) * k; i < flat.size(); ++i) {
+                    if (layer.table().slot_of[flat[i]] < 0) {
+                        abort();
+                    }
+                }
             }
         }
         if (layer.first_inconsistent_slot() != -1) {

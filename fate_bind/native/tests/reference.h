@@ -8,6 +8,19 @@
 #include <set>
 #include <vector>
 
+// How many last rows seed: every number is tried.
+inline int32_t reference_seed_rows(const std::vector<std::vector<int32_t>> & rows, int32_t k, int32_t n_slots) {
+    for (int32_t n = static_cast<int32_t>(rows.size());; --n) {
+        std::set<int32_t> used;
+        for (auto row = rows.end() - n; row != rows.end(); ++row) {
+            used.insert(row->begin(), row->end());
+        }
+        if (static_cast<int32_t>(used.size()) <= n_slots && (n * k <= FATE_SEED_PAIRS || n * k <= n_slots)) {
+            return n;
+        }
+    }
+}
+
 struct reference_layer {
     int32_t                    n_experts, k, n_slots;
     std::map<int32_t, int32_t> slot_of; // expert -> slot
@@ -80,7 +93,7 @@ struct reference_layer {
                 ++bypassed;
             }
         }
-        const size_t n_seed = std::min<size_t>(rows.size(), n_slots / k);
+        const size_t n_seed = reference_seed_rows(rows, k, n_slots);
         for (size_t i = rows.size() - n_seed; i < rows.size(); ++i) {
             needed.insert(rows[i].begin(), rows[i].end());
         }

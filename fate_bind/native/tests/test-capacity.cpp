@@ -64,7 +64,7 @@ int main() {
     CHECK((with(1000 + 20 * 300 - 1, 64 * 50 - 1) == list{ 19, 19, 53, 32, 0 }));
     CHECK((with(1000 + 32 * 300 + 7 * 200, 500 + 8 * 50) == list{ 32, 39, 8, 32, 0 }));
     CHECK((with(32 * 100 + 128 * 200, 1 << 30) == list{ 32, 128, 64, 32, 0 }));
-    for (const int64_t too_little : { int64_t(1000 + 8 * 300 - 1), int64_t(0), int64_t(-1) << 40 }) {
+    for (const int64_t too_little : { int64_t(1000 + 8 * 300 - 1), int64_t(0), -(int64_t(1) << 40) }) {
         std::string why;
         try {
             with(too_little, 1 << 30);

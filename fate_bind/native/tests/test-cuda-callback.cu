@@ -123,7 +123,8 @@ template <typename T> static void make(device_array<T> & a, size_t n, int byte =
 }
 
 static void run(const shape & s, bool through_ring, int n_steps, uint32_t seed) {
-    const int32_t max_rows = s.n_slots / s.k + 8; // of a prompt
+    const int32_t n_more   = 40;
+    const int32_t max_rows = s.n_slots / s.k + n_more; // of a prompt
     const int32_t stride   = s.k + 1;
     std::mt19937  random(seed);
 
@@ -217,7 +218,7 @@ static void run(const shape & s, bool through_ring, int n_steps, uint32_t seed) 
     int64_t waited_ns         = 0; // for answers in time
     for (int step = 0; step < n_steps; ++step) {
         const bool           pooled = step % 9 != 7;
-        const int32_t        n_rows = pooled ? s.n_rows : s.n_slots / s.k + 1 + static_cast<int32_t>(random() % 8);
+        const int32_t        n_rows = pooled ? s.n_rows : s.n_slots / s.k + 1 + static_cast<int32_t>(random() % n_more);
         std::vector<int32_t> rows(n_rows * stride, -7);
         for (int32_t row = 0; row < n_rows; ++row) {
             const int32_t some = std::max(s.k, s.n_slots + 4); // a working set that moves
@@ -245,10 +246,7 @@ static void run(const shape & s, bool through_ring, int n_steps, uint32_t seed) 
                 fate_stage_absent<<<FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, 0, stream>>>(layer, call);
             }
             fate_stage<<<20, FATE_CUDA_THREADS, 0, stream>>>(through_ring ? fate_staged_from_ring(layer) : layer, call);
-            fate_cuda_call seeds = call;
-            seeds.n_rows         = std::min(n_rows, s.n_slots / s.k);
-            seeds.ids            = call.ids + (n_rows - seeds.n_rows) * call.stride;
-            fate_bring<true, true><<<20, FATE_CUDA_THREADS, fate_bring_bytes(s.n_experts), stream>>>(layer, seeds);
+            fate_bring<true, true><<<20, FATE_CUDA_THREADS, fate_bring_bytes(s.n_experts), stream>>>(layer, fate_seeds_of(layer, call));
             FATE_CUDA(cudaGetLastError());
         }
         FATE_CUDA(cudaStreamSynchronize(stream));

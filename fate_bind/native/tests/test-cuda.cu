@@ -26,6 +26,11 @@ struct silent_io : fate_layer_io {
     std::vector<int32_t> fills, evictions;
 };
 
+// How often a batch seeded from more rows than n_slots / k, and what ended them before its first row.
+static struct {
+    int more, by_slots, by_pairs;
+} n_seedings;
+
 template <typename T> static T * device(size_t n, int byte = 0) {
     T * p = nullptr;
     FATE_CUDA(cudaMalloc(&p, n * sizeof(T)));
@@ -41,7 +46,7 @@ template <typename T> static std::vector<T> host(const T * p, size_t n) {
 
 static void run(const shape & s, bool through_ring, int n_steps, uint32_t seed) {
     std::mt19937    random(seed);
-    const int32_t   max_rows = 40;
+    const int32_t   max_rows = FATE_SEED_PAIRS / s.k + 40;
     fate_cuda_layer layer;
     memset(&layer, 0, sizeof(layer));
     layer.n_experts = s.n_experts;
@@ -109,15 +114,19 @@ static void run(const shape & s, bool through_ring, int n_steps, uint32_t seed) 
         all[e] = e;
     }
     for (int step = 0; step < n_steps; ++step) {
-        const int32_t n_rows = step % 7 == 5 ? 1 + static_cast<int32_t>(random() % max_rows) : 1 + static_cast<int32_t>(random() % 3);
-        const int32_t stride = s.k + 3;
+        const bool    is_batch = step % 7 == 5;
+        const bool    is_large = is_batch && random() % 2;
+        const int32_t n_rows =
+            is_large ? max_rows - static_cast<int32_t>(random() % 80) : 1 + static_cast<int32_t>(random() % (is_batch ? 40 : 3));
+        const int32_t        stride = s.k + 3;
         std::vector<int32_t> rows(n_rows * stride, -7);
+        // a working set that moves; a batch's may be small, so that many rows use the same experts
+        const int32_t some = is_batch ? s.k + static_cast<int32_t>(random() % (s.n_experts - s.k + 1)) : std::max(s.k, s.n_experts / 3);
         for (int32_t row = 0; row < n_rows; ++row) {
-            const int32_t some = std::max(s.k, s.n_experts / 3); // a working set that moves
             for (int32_t i = 0; i < s.k; ++i) {
                 const int32_t j = i + static_cast<int32_t>(random() % (some - i));
                 std::swap(all[i], all[j]);
-                rows[row * stride + i] = all[i];
+                rows[row * stride + i] = all[random() % 50 != 0 ? i : 0]; // rarely twice in a row, as grovemoe does
             }
         }
         if (step % 11 == 10) {
@@ -170,10 +179,12 @@ static void run(const shape & s, bool through_ring, int n_steps, uint32_t seed) 
                 }
                 CHECK(std::all_of(held.end() - static_cast<std::ptrdiff_t>(s.tail), held.end(), [](char c) { return c == 0; }));
             }
-            fate_cuda_call seeds = call;
-            seeds.n_rows         = std::min(n_rows, s.n_slots / s.k);
-            seeds.ids            = call.ids + (n_rows - seeds.n_rows) * call.stride;
-            fate_bring<true><<<20, FATE_CUDA_THREADS, fate_bring_bytes(s.n_experts)>>>(layer, seeds);
+            fate_bring<true><<<20, FATE_CUDA_THREADS, fate_bring_bytes(s.n_experts)>>>(layer, fate_seeds_of(layer, call));
+            const int32_t n_seed_rows = fate_seed_rows(twin_ids, s.n_experts, s.n_slots);
+            n_seedings.more += n_seed_rows > s.n_slots / s.k;
+            if (n_seed_rows < n_rows) {
+                ++(n_seed_rows < FATE_SEED_PAIRS / s.k ? n_seedings.by_slots : n_seedings.by_pairs);
+            }
             twin.bypass(twin_ids);
             twin.seed(false, io);
         }
@@ -256,5 +267,6 @@ int main() {
         fprintf(stderr, "%s\n", e.what());
         return 1;
     }
+    CHECK(n_seedings.more > 10 && n_seedings.by_slots > 10 && n_seedings.by_pairs > 10);
     return check_result("test-cuda");
 }

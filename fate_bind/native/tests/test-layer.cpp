@@ -39,17 +39,27 @@ struct fake_io : fate_layer_io {
     }
 };
 
+// ids of rows, strided.
+struct strided_rows {
+    std::vector<int32_t> flat;
+    fate_ids             ids;
+
+    strided_rows(const std::vector<std::vector<int32_t>> & rows, int32_t k) {
+        for (const auto & row : rows) {
+            flat.insert(flat.end(), row.begin(), row.end());
+            flat.push_back(-7);
+        }
+        ids = { reinterpret_cast<const char *>(flat.data()), static_cast<int64_t>((k + 1) * sizeof(int32_t)),
+                static_cast<int32_t>(rows.size()), k };
+    }
+};
+
 // Resolves rows and checks that every slot holds its expert.
 static std::vector<int32_t> resolve(fate_layer & layer, fake_io & io, const std::vector<std::vector<int32_t>> & rows,
                                     bool callback = false) {
-    std::vector<int32_t> flat;
-    for (const auto & row : rows) {
-        flat.insert(flat.end(), row.begin(), row.end());
-        flat.push_back(-7); // rows are strided
-    }
-    const int32_t        k   = layer.k();
-    const fate_ids       ids = { reinterpret_cast<const char *>(flat.data()), static_cast<int64_t>((k + 1) * sizeof(int32_t)),
-                                 static_cast<int32_t>(rows.size()), k };
+    const int32_t        k = layer.k();
+    const strided_rows   given(rows, k);
+    const fate_ids &     ids = given.ids;
     std::vector<int32_t> slots;
     if (ids.n_rows * k <= layer.table().n_slots) {
         slots.resize(rows.size() * k);
@@ -207,6 +217,52 @@ static void test_good_answers_are_taken() {
     CHECK(layer.table().slot_of[0] >= 0);
 }
 
+static std::vector<std::vector<int32_t>> random_rows(std::mt19937 & random, size_t n, int32_t k, int32_t n_experts) {
+    const int32_t                     some = k + static_cast<int32_t>(random() % (n_experts - k + 1)); // few: rows repeat experts
+    std::vector<std::vector<int32_t>> rows(n);
+    for (auto & row : rows) {
+        for (int32_t i = 0; i < k; ++i) {
+            int32_t expert = static_cast<int32_t>(random() % some);
+            while (random() % 50 != 0 && std::count(row.begin(), row.end(), expert)) { // rarely twice in a row, as grovemoe does
+                expert = static_cast<int32_t>(random() % some);
+            }
+            row.push_back(expert);
+        }
+    }
+    return rows;
+}
+
+static void test_as_many_rows_seed_as_fit(uint32_t seed) {
+    const std::vector<std::vector<int32_t>> known = {
+        { 4, 5 },
+        { 0, 1 },
+        { 2, 1 },
+        { 1, 0 }
+    };
+    const int32_t n_rows_of[] = { 1, 3, 3, 4 };
+    for (int32_t n_slots = 2; n_slots <= 5; ++n_slots) {
+        CHECK(fate_seed_rows(strided_rows(known, 2).ids, 6, n_slots) == n_rows_of[n_slots - 2]);
+    }
+    const std::vector<std::vector<int32_t>> same(500, { 1, 0, 2 });
+    CHECK(fate_seed_rows(strided_rows(same, 3).ids, 1500, 3) == 341); // 341 x 3 <= FATE_SEED_PAIRS
+    CHECK(fate_seed_rows(strided_rows(same, 3).ids, 1500, 1200) == 400);
+
+    std::mt19937 random(seed);
+    int          n_more = 0;
+    for (int round = 0; round < 300; ++round) {
+        const int32_t n_experts = 2 + static_cast<int32_t>(random() % (round % 10 ? 30 : 1500));
+        const int32_t k         = 1 + static_cast<int32_t>(random() % std::min(n_experts, 6));
+        const int32_t n_slots   = k + static_cast<int32_t>(random() % (n_experts - k + 1));
+        const auto    rows      = random_rows(random, random() % (round % 5 ? 30 : 400), k, n_experts);
+        const int32_t n         = fate_seed_rows(strided_rows(rows, k).ids, n_experts, n_slots);
+        const int32_t n_fit     = std::min(static_cast<int32_t>(rows.size()), n_slots / k);
+        CHECK(n == reference_seed_rows(rows, k, n_slots));
+        CHECK(n >= n_fit);
+        n_more += n > n_fit;
+    }
+    CHECK(n_more > 100);
+}
+
 static void test_random_steps(uint32_t seed) {
     std::mt19937 random(seed);
     for (int round = 0; round < 200; ++round) {
@@ -217,17 +273,9 @@ static void test_random_steps(uint32_t seed) {
         reference_layer expected(n_experts, k, n_slots);
         fake_io         io;
         for (int step = 0; step < 40; ++step) {
-            std::vector<std::vector<int32_t>> rows(1 + (random() % 4 == 0 ? random() % 9 : 0));
-            for (auto & row : rows) {
-                for (int32_t i = 0; i < k; ++i) {
-                    int32_t expert = static_cast<int32_t>(random() % n_experts);
-                    while (random() % 50 != 0 && std::count(row.begin(), row.end(), expert)) { // rarely twice in a row, as grovemoe does
-                        expert = static_cast<int32_t>(random() % n_experts);
-                    }
-                    row.push_back(expert);
-                }
-            }
-            const int64_t began = expected.clock;
+            const size_t  n_rows = 1 + (random() % 4 == 0 ? random() % (random() % 4 == 0 ? 40 : 9) : 0);
+            const auto    rows   = random_rows(random, n_rows, k, n_experts);
+            const int64_t began  = expected.clock;
             layer.begin_step();
             CHECK(resolve(layer, io, rows) == expected.step(rows));
             if (random() % 3 == 0) {
@@ -261,6 +309,8 @@ int main(int argc, char ** argv) {
     test_repeated_expert_of_a_batch_is_a_miss_once();
     test_answers_are_checked_again();
     test_good_answers_are_taken();
-    test_random_steps(argc > 1 ? static_cast<uint32_t>(atoi(argv[1])) : 1);
+    const uint32_t seed = argc > 1 ? static_cast<uint32_t>(atoi(argv[1])) : 1;
+    test_as_many_rows_seed_as_fit(seed);
+    test_random_steps(seed);
     return check_result("test-layer");
 }
