@@ -50,7 +50,7 @@ def serve(fitted: Model, trace: Trace, *, learn: bool = True, table_mb: float = 
     for t, sequence in enumerate(trace.sequence.tolist()):
         state.expect(tokens[t], sequence)
         row, context = state.now()
-        squeezed = context @ fitted.squeeze
+        squeezed = fitted.squeezed(context)
         for name, scorer in scorers.items():
             if scorer.is_linear:
                 tables[name][t] = scorer(row, squeezed)

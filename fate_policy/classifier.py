@@ -107,4 +107,4 @@ class Classifier(Policy):
     def _asked(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         assert self._loaded is not None
         row, context = self._state.now()
-        return row, context @ self._loaded.squeeze
+        return row, self._loaded.squeezed(context)

@@ -67,7 +67,7 @@ def table_seconds(
         start = time.perf_counter()
         state.expect(t % 20, 0)
         row, context = state.now()
-        scorer(row, context @ fitted.squeeze)
+        scorer(row, fitted.squeezed(context))
         middle = time.perf_counter()
         state.observe(ids, t % 20, 0)
         tables.append(middle - start)

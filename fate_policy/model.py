@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import zipfile
 from collections.abc import Mapping
@@ -23,6 +24,9 @@ TARGETS = ("context_now", "context_soon", "context_after")
 INPUTS = (*features.NAMES, *TARGETS)
 AHEAD = 2
 AHEAD_LAYERS = 4
+UNTHREADED, WHOLE = 9216, 16
+"""OpenBLAS multiplies a vector by a matrix of fewer elements on the thread that asks; waking others takes
+longer than the product. Pieces of a multiple of 16 columns give the bits of the whole."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +91,15 @@ class Model:
         for table, saved in zip((state.tokens, state.pairs), self.tables, strict=False):
             table.restore(*saved)
         return state
+
+    def squeezed(self, context: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return `context @ squeeze` (rank,) of one context (n_context,)."""
+        product: NDArray[np.float32] = context @ self._squeeze
+        return product.ravel()[: self.squeeze.shape[1]]
+
+    @functools.cached_property
+    def _squeeze(self) -> NDArray[np.float32]:
+        return in_pieces(self.squeeze)
 
     def head(self, kind: str, share: float = 0) -> Head:
         """Return the head of this kind that was fitted for the nearest share of slots."""
@@ -210,7 +223,7 @@ class Scorer:
         n = len(features.NAMES)
         self._weights = np.ascontiguousarray(head.coef[:, None, :n])
         per_target = np.repeat(head.coef[:, n:].T, n_experts, axis=1)  # (n_targets, n_layers * n_experts)
-        self._fold = np.ascontiguousarray(np.einsum("rtp,tp->rp", model.spread, per_target))
+        self._fold = in_pieces(np.einsum("rtp,tp->rp", model.spread, per_target))
         constant = np.repeat(head.intercept, n_experts) + (per_target * model.mean).sum(axis=0)
         self._constant = constant.reshape(n_layers, n_experts).astype(np.float32)
 
@@ -220,7 +233,7 @@ class Scorer:
             alone: NDArray[np.float32] = self.many(row[None], squeezed[None])[0]
             return alone
         answer: NDArray[np.float32] = np.matmul(self._weights, row)[:, 0]
-        answer += (squeezed @ self._fold).reshape(answer.shape)
+        answer += (squeezed @ self._fold).ravel()[: answer.size].reshape(answer.shape)
         answer += self._constant
         return answer
 
@@ -249,6 +262,14 @@ def all_inputs(
     context = np.tensordot(squeezed, model.spread, axes=1) + model.mean
     context = context.reshape(len(rows), len(TARGETS), n_layers, n_experts).transpose(0, 2, 1, 3)
     return np.concatenate((rows.astype(np.float32), context), axis=2)
+
+
+def in_pieces(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return a matrix (n, m) as (n_pieces, n, width), so that products are not threaded; zeros fill it up."""
+    n, m = matrix.shape
+    width = max(WHOLE, UNTHREADED // max(1, n) // WHOLE * WHOLE)
+    filled = np.pad(matrix, ((0, 0), (0, -m % width)))
+    return np.ascontiguousarray(filled.reshape(n, -1, width).transpose(1, 0, 2))
 
 
 def ahead_inputs(surprise: NDArray[np.float32], layer: int, distance: int) -> NDArray[np.float32]:

@@ -206,6 +206,17 @@ def test_a_model_fitted_on_hashes_is_not_served_with_ids(fitted: Model) -> None:
         train.fit([real_trace(), ids], SMALL)
 
 
+@pytest.mark.parametrize("shape", [(896, 160), (160, 48 * 128), (21, 5), (7, 33)])
+def test_products_in_pieces_are_those_of_the_whole(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    matrix, vector = rng.standard_normal(shape, np.float32), rng.standard_normal(shape[0], np.float32)
+    pieces = model.in_pieces(matrix)
+    assert pieces[0].size <= max(model.UNTHREADED, model.WHOLE * shape[0])
+    product = (vector @ pieces).ravel()
+    assert np.allclose(product[: shape[1]], vector @ matrix, rtol=1e-5, atol=1e-5)
+    assert not product[shape[1] :].any()
+
+
 def test_another_geometry_is_an_error(fitted: Model) -> None:
     with pytest.raises(PolicyConfigError, match="was fitted for n_experts"):
         Driver(Classifier.of(fitted), SYNTHETIC)
