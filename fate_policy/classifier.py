@@ -57,6 +57,7 @@ class Classifier(Policy):
         self._state = fitted.features(table_mb=self.table_mb)
         self._state.learning = self.learn
         self._table: NDArray[np.float32] | None = np.zeros(fitted.shape.table, np.float32)
+        self._inputs = self._asked()
         self._expected: tuple[int, int] | None = None  # the token and sequence that the inputs are for
         self._is_over = True  # it was observed
 
@@ -68,8 +69,7 @@ class Classifier(Policy):
             if i == step.n_tokens - 1:
                 if (token, sequence) != self._expected or step.n_tokens > 1:
                     self._prepare(token, sequence)
-                layer, rank = np.nonzero(ids >= 0)
-                self._used = layer, ids[layer, rank]
+                self._last_ids = ids
             self._state.observe(ids, token, sequence)
         self._expected, self._is_over, self._table = None, True, None
 
@@ -82,8 +82,8 @@ class Classifier(Policy):
             kind = self._kind(history)
             self._table = self._scorers[kind](*self._inputs)
             if self._is_over:
-                layer, expert = self._used
-                self._table[layer, expert] += self._heads[kind].bonus[layer]
+                layer, rank = np.nonzero(self._last_ids >= 0)
+                self._table[layer, self._last_ids[layer, rank]] += self._heads[kind].bonus[layer]
         return self._table
 
     def bonus(self, history: History) -> NDArray[np.float32]:
@@ -91,6 +91,11 @@ class Classifier(Policy):
 
     def predict(self, step: Step, token_id: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         sequence = int(step.sequences[-1])
+        row, squeezed = self._inputs
+        self._inputs = (
+            row.copy(),
+            squeezed,
+        )  # `row` is a buffer, which the supposed token's features overwrite
         with self._state.supposing(token_id, sequence):
             chance = model.chance(self._scorers["now"](*self._asked()))
         experts = np.argsort(-chance, axis=1, kind="stable").astype(np.int32)
@@ -101,8 +106,7 @@ class Classifier(Policy):
 
     def _prepare(self, token: int, sequence: int) -> None:
         self._state.expect(token, sequence)
-        row, squeezed = self._asked()
-        self._inputs = row.copy(), squeezed
+        self._inputs = self._asked()
 
     def _asked(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         assert self._loaded is not None

@@ -95,8 +95,18 @@ class Table:
         """Return the row of a key, -1 if there is none."""
         return self._row.get(key, -1)
 
-    def add(self, key: Any, when: int, numbers: NDArray[np.float32], weight: float = 1.0) -> None:
-        """Add to the sums at (`when` 0) or after (1) a key. Only the former makes a row."""
+    def add(
+        self,
+        key: Any,
+        when: int,
+        numbers: NDArray[np.float32] | float,
+        weight: float = 1.0,
+        columns: NDArray[np.integer] | slice = slice(None),
+    ) -> None:
+        """Add to columns of the sums at (`when` 0) or after (1) a key. Only the former makes a row.
+
+        A column that is named twice must come with the same number, and is added to once.
+        """
         row = self._row.get(key, -1)
         if row < 0:
             if when:
@@ -105,7 +115,8 @@ class Table:
             self._row[key] = row
         elif not when:
             self._row.move_to_end(key)
-        self.sums[row, when] += numbers
+        sums = self.sums[row, when]
+        sums[columns] += numbers
         self.n[row, when] += weight
         if self.n[row, when] >= MAX_COUNT:
             self.sums[row, when] *= np.float16(0.5)
@@ -201,9 +212,12 @@ class Features:
         self._basis = np.concatenate((basis, np.zeros((1, basis.shape[1]), np.float32)))
         self._center = center
         rank = basis.shape[1]
+        self._tail = self._size + np.arange(rank)
         self._even = shape.even_rates()
         self._rates = np.repeat(self._even[None], len(HALF_LIVES), axis=0)
         self._keep = 2.0 ** (-1 / np.array(HALF_LIVES, np.float32))[:, None, None]
+        self._gain = 1 - self._keep
+        self._all = np.empty_like(self._rates)
         self._age = np.full((n_layers, n_experts), MAX_AGE, np.float32)
         width = n_layers * int(shape.k.max(initial=1))
         place = np.uint16 if self._size < 2**16 else np.int32
@@ -229,10 +243,14 @@ class Features:
         self._sequences: dict[int, _Sequence] = {}
         self._offset = (np.arange(n_layers) * n_experts)[:, None]
         self._row = np.zeros((n_layers, len(NAMES), n_experts), np.float32)
+        self._repeats = False  # the row's last features are not 0
         steps = np.arange(FOLLOW)
         self._soon = ((1 - FOLLOW_SOON) * FOLLOW_SOON**steps).astype(np.float32)
         self._later = ((1 - FOLLOW_LATER) * FOLLOW_LATER**steps).astype(np.float32)
         self._credit = ((1 - LATER_DECAY) * LATER_DECAY ** np.arange(LATER)).astype(np.float32)
+        self._soon_each, self._later_each, self._credit_each = (
+            np.repeat(weights, width) for weights in (self._soon, self._later, self._credit)
+        )
         self.expect(UNKNOWN, 0)
 
     @property
@@ -277,7 +295,8 @@ class Features:
         """
         row, h = self._row, len(HALF_LIVES)
         row[:, :h] = self._rates.transpose(1, 0, 2)
-        np.log(row[:, :h] + np.float32(0.02), out=row[:, h : 2 * h])
+        logs = np.add(self._rates, np.float32(0.02), out=self._all)
+        row[:, h : 2 * h] = np.log(logs, out=logs).transpose(1, 0, 2)
         np.log(self._age, out=row[:, 2 * h])
         base = np.float32(0.5) * (self._rates[4] + self._rates[6])
         at = self.tokens.get(self._token)
@@ -287,11 +306,8 @@ class Features:
             if self._token == UNKNOWN:
                 pair = -1
             both = self._share(self.pairs, pair, when, share, strength[1])
-            for i, value in enumerate((share, both)):
-                logs = np.log(value + np.float32(0.01))
-                if when == 0:
-                    logs -= np.log(np.float32(1.01) - value)
-                row[:, column + i] = logs
+            row[:, column] = self._logs(share, when)
+            row[:, column + 1] = row[:, column] if both is share else self._logs(both, when)
         rank = len(self._last)
         context = np.zeros((N_CONTEXTS, rank), np.float32)
         if at >= 0:
@@ -299,10 +315,19 @@ class Features:
             context[:2] = sums / (self.tokens.n[at] + 2)[:, None]
         context[2] = self._last
         context[5:] = self._contexts
-        row[:, 2 * h + 5 :] = 0
-        if self._match >= 0:
+        if self._repeats:
+            row[:, 2 * h + 5 :] = 0
+        self._repeats = self._match >= 0
+        if self._repeats:
             self._repeat(row[:, 2 * h + 5 :], context[3:5])
         return row, context.ravel()
+
+    @staticmethod
+    def _logs(share: NDArray[np.float32], when: int) -> NDArray[np.float32]:
+        logs: NDArray[np.float32] = np.log(share + np.float32(0.01))
+        if when == 0:
+            logs -= np.log(np.float32(1.01) - share)
+        return logs
 
     def _share(
         self, table: Table, at: int, when: int, base: NDArray[np.float32], strength: float
@@ -324,20 +349,19 @@ class Features:
             slots = np.array(after) % self._n_history
             used = self._used[slots]
             n = len(slots)
-            for weights in (self._soon, self._later):
-                weight = np.repeat(weights[:n], used.shape[1])
-                found.append(np.bincount(used.ravel(), weight, minlength=self._size + 1))
+            for weights in (self._soon_each, self._later_each):
+                found.append(np.bincount(used.ravel(), weights[: used.size], minlength=self._size + 1))
             context[1] = self._soon[:n] @ self._sums[slots]
         for i, values in enumerate(found):
             table = values[: self._size].reshape(row.shape[0], -1).astype(np.float32)
             first = i * len(NGRAMS)
             row[:, first : first + self._match_level + 1] = table[:, None]
 
-    def _following(self, position: int) -> list[int]:
+    def _following(self, position: int, n: int = FOLLOW) -> list[int]:
         found: list[int] = []
         oldest = self._n_seen - self._n_history
-        for _ in range(FOLLOW):
-            position = int(self._next[position % self._n_history])
+        for _ in range(n):
+            position = self._next.item(position % self._n_history)
             if position <= oldest or position < 0:
                 break
             found.append(position)
@@ -347,16 +371,19 @@ class Features:
         """Take in the routing of one token, int32 (n_layers, k), -1 = not run."""
         if (token, sequence) != (self._token, self._sequence):
             self.expect(token, sequence)
-        flat = np.where(ids >= 0, ids + self._offset, self._size)
-        used = np.zeros(self._size + 1, np.float32)
-        used[flat] = 1
-        use = used[:-1].reshape(self._even.shape)
+        flat = (ids + self._offset).ravel()
+        used = flat
+        if ids.min(initial=0) < 0:
+            used = flat[ids.ravel() >= 0]
+            flat = np.where(ids.ravel() >= 0, flat, self._size)
+        use = np.zeros(self._even.shape, np.float32)
+        use.reshape(-1)[used] = 1
         self._rates *= self._keep
-        self._rates += (1 - self._keep) * use
+        self._rates += np.multiply(self._gain, use, out=self._all)
         self._age += 1
         np.minimum(self._age, MAX_AGE, out=self._age)
-        self._age[use > 0] = 1
-        total = self._basis[flat.ravel()].sum(axis=0) - self._center
+        self._age.reshape(-1)[used] = 1
+        total = self._basis.take(flat, axis=0).sum(axis=0) - self._center
         self._contexts *= self._context_keep
         self._contexts += (1 - self._context_keep) * total
         self._last = total
@@ -373,13 +400,13 @@ class Features:
         self,
         here: _Sequence,
         flat: NDArray[np.integer],
-        used: NDArray[np.float32],
+        used: NDArray[np.integer],
         total: NDArray[np.float32],
     ) -> None:
         position = self._n_seen
         slot = position % self._n_history
         self._used[slot] = self._size
-        self._used[slot, : flat.size] = flat.ravel()
+        self._used[slot, : flat.size] = flat
         self._sums[slot] = total
         self._next[slot] = -1
         if here.last > position - self._n_history and here.last >= 0:
@@ -390,8 +417,8 @@ class Features:
             if gram is not None:
                 self._seen[level].put(gram, position)
         if self._token != UNKNOWN:
-            self.tokens.add(self._token, 0, np.concatenate((used[:-1], total)))
-            self.pairs.add(self._pair, 0, used[:-1])
+            ones = np.ones(len(used), np.float32)
+            self._count(self._token, self._pair, 0, used, ones, total, 1.0)
         here.pending.append((self._token, self._pair, position))
         if len(here.pending) > LATER:
             token, pair, at = here.pending.popleft()
@@ -399,14 +426,29 @@ class Features:
                 self._learn_later(token, pair, at)
 
     def _learn_later(self, token: int, pair: tuple[int, int], at: int) -> None:
-        after = self._following(at)[:LATER]
+        after = self._following(at, LATER)
         if len(after) < LATER:
             return
         slots = np.array(after) % self._n_history
-        used = self._used[slots]
-        weight = np.repeat(self._credit, used.shape[1])
-        uses = np.bincount(used.ravel(), weight, minlength=self._size + 1)[: self._size].astype(np.float32)
+        used = self._used[slots].ravel()
+        uses = np.bincount(used, self._credit_each, minlength=self._size + 1).astype(np.float32)
+        if used.max(initial=0) == self._size:
+            used = used[used < self._size]
+        uses = uses[used]
         total = self._credit @ self._sums[slots]
         n = float(self._credit.sum())
-        self.tokens.add(token, 1, np.concatenate((uses, total)), n)
-        self.pairs.add(pair, 1, uses, n)
+        self._count(token, pair, 1, used, uses, total, n)
+
+    def _count(
+        self,
+        token: int,
+        pair: tuple[int, int],
+        when: int,
+        used: NDArray[np.integer],
+        uses: NDArray[np.float32],
+        total: NDArray[np.float32],
+        weight: float,
+    ) -> None:
+        columns, numbers = np.concatenate((used, self._tail)), np.concatenate((uses, total))
+        self.tokens.add(token, when, numbers, weight, columns)
+        self.pairs.add(pair, when, uses, weight, used)
