@@ -152,7 +152,7 @@ class Policy:
         Asked once per layer and step with a miss that finds no free slot. By default the rule over the
         scores last published, so that callback mode decides as table mode with `sync: true` does.
         """
-        candidates = np.flatnonzero(history.resident[layer, : len(pinned)] & ~pinned)
+        candidates = (history.resident[layer, : len(pinned)] > pinned).nonzero()[0]
         return pick_victims(
             candidates,
             n,

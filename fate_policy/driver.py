@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fate_policy import checks, registry
-from fate_policy.base import NOT_RUN, Geometry, History, Policy, Step
+from fate_policy.base import NOT_RUN, POOL, Geometry, History, Policy, Step
 from fate_policy.errors import PolicyConfigError, PolicyError
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
@@ -83,7 +83,13 @@ class Driver:
         self.geometry = geometry
         self.policy_seconds = 0.0
         self._name = policy_name(policy)
-        self._tells_moves = overrides(policy, "admit") or overrides(policy, "drop")
+        # what the policy leaves as it is says and does nothing: it is not called
+        self._own = {
+            name
+            for name in ("observe", "admit", "drop", "scores", "bonus", "victims")
+            if getattr(getattr(policy, name), "__func__", None) is not getattr(Policy, name)
+        }
+        self._n_experts: list[int] = geometry.n_experts.tolist()
         self.reset()
 
     def reset(self) -> None:
@@ -98,6 +104,9 @@ class Driver:
         self._bonus = np.zeros(shape[0], np.float32)
         self._published_at = np.zeros(shape[0], np.int64)
         self._layers = np.arange(shape[0])[:, None]
+        self._first = self._layers * shape[1]  # of each layer, in a table laid flat
+        self._ranks = np.arange(1, self.geometry.max_k + 1)
+        self._rows = list(zip(self._last_use, self._resident, strict=True))
         self._tokens_published = 0
         self.history = History(
             last_use=_read_only(self._last_use),
@@ -118,15 +127,16 @@ class Driver:
         self._stamp(step)
         self.history.tokens_seen += step.n_tokens
         self.history.steps_seen += 1
-        self._settled[step.evictions[:, 0], step.evictions[:, 1]] = False
-        self._settled[step.fills[:, 0], step.fills[:, 1]] = True
+        for moves, is_in in ((step.evictions, False), (step.fills, True)):
+            if len(moves):
+                self._settled[moves[:, 0], moves[:, 1]] = is_in
         if self.mode == "table":
-            if self._tells_moves:
-                self._tell(self.policy.drop, step.evictions)
-                self._tell(self.policy.admit, step.fills)
-        elif not np.array_equal(self._settled, self._resident):
+            self._tell("drop", step.evictions)
+            self._tell("admit", step.fills)
+        elif (self._settled != self._resident).any():
             self._correct()
-        self._timed(self.policy.observe, step)
+        if "observe" in self._own:
+            self._timed(self.policy.observe, step)
         if self.mode == "callback" and not self.expects:
             self._refresh()
 
@@ -145,9 +155,11 @@ class Driver:
         None: nothing new is due, the policy is plain LRU, or the mode is callback, where the engine has no
         table to fill. Both arrays are C-contiguous copies, the caller's own.
         """
-        if self.mode == "callback" or not self._refresh():
-            return None
-        return self._scores.copy(), self._bonus.copy()
+        return (self._scores.copy(), self._bonus.copy()) if self.refresh() else None
+
+    def refresh(self) -> bool:
+        """Do as `publish`, but leave the arrays in `history`; False where that returns None."""
+        return self.mode == "table" and self._refresh()
 
     def victims(
         self, layer: int, n: int, pinned: NDArray[np.bool_], last_use: NDArray[np.int64] | None = None
@@ -162,18 +174,15 @@ class Driver:
             int64 (n_experts,): the engine's own last uses, which at the seeding after a bypass are ahead of
             the steps observed. None: those observed are all there are.
         """
-        n_experts = int(self.geometry.n_experts[layer])
+        n_experts = self._n_experts[layer]
+        known_uses, resident = self._rows[layer]
         if last_use is not None:
-            self._last_use[layer, :n_experts] = last_use[:n_experts]
+            known_uses[:n_experts] = last_use[:n_experts]
         answer: Any = self._timed(self.policy.victims, layer, n, pinned, self.history)
-        try:
-            given = list(answer)
-            experts = [int(expert) for expert in given]
-            whole = experts == given
-        except (TypeError, ValueError, OverflowError):
-            whole = False
-        if not whole:
-            raise self._wrong_victims(layer, answer, f"expected {n} whole numbers")
+        if "victims" not in self._own and len(answer) == n:
+            right: NDArray[np.int32] = answer  # the rule's: nothing to check
+            return right
+        experts = self._whole_numbers(layer, n, answer)
         if len(experts) != n:
             raise self._wrong_victims(layer, answer, f"expected {n} of them")
         seen: set[int] = set()
@@ -182,7 +191,7 @@ class Driver:
                 fault = f"expert {expert} does not exist; expected 0 to {n_experts - 1}"
             elif pinned[expert]:
                 fault = f"expert {expert} is pinned: the op at hand needs it"
-            elif not self._resident[layer, expert]:
+            elif not resident[expert]:
                 fault = f"expert {expert} is not resident"
             elif expert in seen:
                 fault = f"expert {expert} is named twice"
@@ -194,31 +203,53 @@ class Driver:
 
     def drop(self, layer: int, experts: NDArray[np.int32]) -> None:
         """Take in, in callback mode, that these experts lost their slots."""
-        self._resident[layer, experts] = False
-        self._timed(self.policy.drop, layer, experts)
+        self._set_resident(layer, experts, False)
+        if "drop" in self._own:
+            self._timed(self.policy.drop, layer, experts)
 
     def admit(self, layer: int, experts: NDArray[np.int32]) -> None:
         """Take in, in callback mode, that these experts came into slots."""
-        self._resident[layer, experts] = True
-        self._timed(self.policy.admit, layer, experts)
+        self._set_resident(layer, experts, True)
+        if "admit" in self._own:
+            self._timed(self.policy.admit, layer, experts)
+
+    def _set_resident(self, layer: int, experts: NDArray[np.int32], value: bool) -> None:
+        resident = self._rows[layer][1]
+        for expert in experts.tolist():  # of a few faster than by their array
+            resident[expert] = value
+
+    def _whole_numbers(self, layer: int, n: int, answer: Any) -> list[int]:
+        if isinstance(answer, np.ndarray) and answer.dtype.kind in "iu" and answer.ndim == 1:
+            whole_numbers: list[int] = answer.tolist()
+            return whole_numbers
+        try:
+            given = list(answer)
+            experts = [int(expert) for expert in given]
+            whole = experts == given
+        except (TypeError, ValueError, OverflowError):
+            whole = False
+        if not whole:
+            raise self._wrong_victims(layer, answer, f"expected {n} whole numbers")
+        return experts
 
     def _correct(self) -> None:
         """Tell the policy what became of misses that the engine decided without its answer."""
         lost = np.argwhere(self._resident & ~self._settled).astype(np.int32)
         came = np.argwhere(self._settled & ~self._resident).astype(np.int32)
         self._resident[:] = self._settled
-        self._tell(self.policy.drop, lost)
-        self._tell(self.policy.admit, came)
+        self._tell("drop", lost)
+        self._tell("admit", came)
 
     def _stamp(self, step: Step) -> None:
-        n_layers = self.geometry.n_layers
-        if step.n_tokens == 1:
-            uses = step.ids[0, :, ::-1]
-            ran = (uses >= 0) & (step.path[0, :, None] != NOT_RUN)
-        else:
-            uses = step.ids.transpose(1, 0, 2)[:, :, ::-1].reshape(n_layers, -1)
-            ran = ((step.ids >= 0) & (step.path[:, :, None] != NOT_RUN)).transpose(1, 0, 2)
-            ran = ran[:, :, ::-1].reshape(n_layers, -1)
+        n_layers, n_pairs = self.geometry.n_layers, step.ids.shape[2]
+        if len(step.ids) == 1 and step.ids.min(initial=0) >= 0 and step.path.min(initial=POOL) != NOT_RUN:
+            uses = step.ids[0, :, ::-1] + self._first
+            self._last_use.reshape(-1)[uses] = self._clock[:, None] + self._ranks[:n_pairs]
+            self._clock += n_pairs
+            return
+        uses = step.ids.transpose(1, 0, 2)[:, :, ::-1].reshape(n_layers, -1)
+        ran = ((step.ids >= 0) & (step.path[:, :, None] != NOT_RUN)).transpose(1, 0, 2)
+        ran = ran[:, :, ::-1].reshape(n_layers, -1)
         stamp = ran.cumsum(axis=1)
         stamp += self._clock[:, None]
         if ran.all():
@@ -229,34 +260,41 @@ class Driver:
         if stamp.shape[1]:
             self._clock[:] = stamp[:, -1]
 
-    def _tell(self, event: Any, moves: NDArray[np.int32]) -> None:
+    def _tell(self, event: str, moves: NDArray[np.int32]) -> None:
+        if event not in self._own:
+            return
+        tell = getattr(self.policy, event)
         for layer in np.unique(moves[:, 0]).tolist():
-            self._timed(event, layer, np.ascontiguousarray(moves[moves[:, 0] == layer, 1]))
+            self._timed(tell, layer, np.ascontiguousarray(moves[moves[:, 0] == layer, 1]))
 
     def _refresh(self) -> bool:
-        if self.history.tokens_seen - self._tokens_published < self.refresh_tokens:
+        is_due = self.history.tokens_seen - self._tokens_published >= self.refresh_tokens
+        if not is_due or "scores" not in self._own:
             return False
         answer = self._timed(self.policy.scores, self.history)
         if answer is None:
             return False
         scores = self._checked("scores", answer, self._scores.shape)
-        if np.isnan(scores).any():
+        if np.isnan(scores.max(initial=-np.inf)):  # the greatest of some numbers and NaN is NaN
             layer, expert = np.argwhere(np.isnan(scores))[0]
             raise PolicyError(
                 f"policy {self._name}: scores() returned NaN at layer {layer}, expert {expert}; "
                 "expected numbers (infinities are allowed)"
             )
-        bonus = self._checked("bonus", self._timed(self.policy.bonus, self.history), self._bonus.shape)
-        if not np.isfinite(bonus).all():
-            raise PolicyError(f"policy {self._name}: bonus() returned {bonus}; expected finite numbers")
+        if "bonus" in self._own:
+            bonus = self._checked("bonus", self._timed(self.policy.bonus, self.history), self._bonus.shape)
+            if not np.isfinite(bonus).all():
+                raise PolicyError(f"policy {self._name}: bonus() returned {bonus}; expected finite numbers")
+            self._bonus[:] = bonus
         self._scores[:] = scores
-        self._bonus[:] = bonus
         self._published_at[:] = self._clock
         self._tokens_published = self.history.tokens_seen
         self.history.publications += 1
         return True
 
     def _checked(self, method: str, answer: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        if isinstance(answer, np.ndarray) and answer.dtype == np.float32 and answer.shape == shape:
+            return answer
         try:
             array = np.asarray(answer)
         except ValueError:

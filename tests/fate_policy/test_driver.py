@@ -341,3 +341,11 @@ def test_policy_seconds_count_the_policys_code_only() -> None:
     before = driver.policy_seconds
     driver.observe(STEP)
     assert driver.policy_seconds > before
+
+
+def test_a_method_given_to_the_instance_alone_is_called_too() -> None:
+    policy = Policy()
+    told: list[Step] = []
+    policy.observe = told.append  # type: ignore[method-assign]
+    Driver(policy, SYNTHETIC).observe(STEP)
+    assert told == [STEP]
