@@ -21,6 +21,7 @@ _installed: list[Any] = []
 def install(loaded: library.Library) -> None:
     """Define the functions that C calls; no exception leaves them."""
     ffi, lib = loaded
+    ok, failed = int(lib.FATE_STATUS_OK), int(lib.FATE_STATUS_POLICY)
     if any(known is ffi for known in _installed):
         return
     _installed.append(ffi)
@@ -31,8 +32,8 @@ def install(loaded: library.Library) -> None:
             call(host)
         except BaseException as error:  # also an interrupt: it is raised again when the call ends
             host.store(error)
-            return int(lib.FATE_STATUS_POLICY)
-        return int(lib.FATE_STATUS_OK)
+            return failed
+        return ok
 
     def fate_py_open(user: Any, engine: Any) -> int:
         return guarded(user, lambda host: host.open(engine))
@@ -55,9 +56,9 @@ def install(loaded: library.Library) -> None:
         published: Any,
     ) -> int:
         def call(host: Host) -> None:
-            known = array(tokens, (n_tokens,), np.int32)
+            known = array(tokens, (n_tokens,), INT32)
             published[0] = host.find(engine).expect(
-                known, array(sequences, (n_tokens,), np.int32), scores, bonus
+                known, array(sequences, (n_tokens,), INT32), scores, bonus
             )
 
         return guarded(user, call)
@@ -74,19 +75,23 @@ def install(loaded: library.Library) -> None:
         n_victims: int,
         victims: Any,
     ) -> int:
-        def call(host: Host) -> None:
+        host: Host = ffi.from_handle(user)
+        try:  # as `guarded`, without its call: this is asked in the midst of a token
             half = host.find(engine)
-            n_experts = int(half.geometry.n_experts[layer])
             answer = half.miss(
                 layer,
-                array(needed, (n_needed,), np.int32),
-                array(missing, (n_missing,), np.int32),
+                ffi.unpack(needed, n_needed),
+                np.array(ffi.unpack(missing, n_missing), INT32),
                 n_victims,
-                array(last_use, (n_experts,), np.int64),
+                np.frombuffer(
+                    ffi.buffer(last_use, 8 * half.n_experts[layer]), INT64
+                ),  # no copy: read at once
             )
             ffi.memmove(victims, answer, answer.nbytes)
-
-        return guarded(user, call)
+        except BaseException as error:
+            host.store(error)
+            return failed
+        return ok
 
     def fate_py_wait(user: Any) -> None:
         """Let Python run the handlers of signals, which it does between two instructions of its own."""
@@ -102,31 +107,34 @@ def install(loaded: library.Library) -> None:
         ffi.from_handle(trace.tb_frame.f_locals["user"]).store(error)
 
     for function in (fate_py_open, fate_py_step, fate_py_expect, fate_py_miss):
-        ffi.def_extern(error=int(lib.FATE_STATUS_POLICY), onerror=stray)(function)
+        ffi.def_extern(error=failed, onerror=stray)(function)
     for event in (fate_py_close, fate_py_wait):
         ffi.def_extern(onerror=stray)(event)
     ffi.def_extern()(fate_py_interrupt)
 
 
-def array(pointer: Any, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+INT32, INT64, UINT8, FLOAT32 = (np.dtype(name) for name in ("int32", "int64", "uint8", "float32"))
+
+
+def array(pointer: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Return a read-only copy of a C array."""
-    n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-    if not n_bytes:
-        return np.zeros(shape, dtype)
-    return np.frombuffer(library.load().ffi.buffer(pointer, n_bytes)[:], dtype).reshape(shape)
+    n_bytes = math.prod(shape) * dtype.itemsize
+    # bytes own what they hold and cannot be written to
+    return np.ndarray(shape, dtype, library.load().ffi.buffer(pointer, n_bytes)[:] if n_bytes else b"")
 
 
 def read_step(step: Any) -> Step:
     rows = (step.n_tokens, step.n_layers)
     pairs = (*rows, step.k)
+    tokens = rows[:1]
     return Step(
-        ids=array(step.ids, pairs, np.int32),
-        path=array(step.path, rows, np.uint8),
-        weights=array(step.weights, pairs, np.float32) if step.weights else None,
-        tokens=array(step.tokens, rows[:1], np.int32),
-        positions=array(step.positions, rows[:1], np.int32),
-        sequences=array(step.sequences, rows[:1], np.int32),
-        hits=array(step.hits, pairs, np.uint8),
-        fills=array(step.fills, (step.n_fills, 2), np.int32),
-        evictions=array(step.evictions, (step.n_evictions, 2), np.int32),
+        ids=array(step.ids, pairs, INT32),
+        path=array(step.path, rows, UINT8),
+        weights=array(step.weights, pairs, FLOAT32) if step.weights else None,
+        tokens=array(step.tokens, tokens, INT32),
+        positions=array(step.positions, tokens, INT32),
+        sequences=array(step.sequences, tokens, INT32),
+        hits=array(step.hits, pairs, UINT8),
+        fills=array(step.fills, (step.n_fills, 2), INT32),
+        evictions=array(step.evictions, (step.n_evictions, 2), INT32),
     )

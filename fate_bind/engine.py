@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fate_bind import interrupts, library
-from fate_bind.callbacks import array, read_step
+from fate_bind.callbacks import INT32, INT64, array, read_step
 from fate_bind.stats import Report
 from fate_policy.base import Geometry, Step
 from fate_policy.counters import PER_LAYER, Counters
@@ -23,6 +23,31 @@ from fate_policy.trace import Trace, TraceWriter, geometry_meta, load
 
 if TYPE_CHECKING:
     from fate_bind.host import Host
+
+
+_NONE = np.empty(0, np.int32)
+
+
+class _Asking:
+    """Count the time since `began` as the policy's; note its failure, but let it pass.
+
+    A class, for a context manager made of a generator takes longer than some policies.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._began = 0.0
+
+    def __call__(self, began: float) -> _Asking:
+        self._began = began
+        return self
+
+    def __enter__(self) -> None:
+        interrupts.policy_thread = threading.get_ident()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        interrupts.policy_thread = None
+        self._engine.note(time.perf_counter() - self._began, error)
 
 
 class Engine:
@@ -40,7 +65,9 @@ class Engine:
         self._record_failed = False
         self._seconds = 0.0
         self._last: Report | None = None
+        self._asking = _Asking(self)
         self.geometry = self._read_geometry()
+        self.n_experts: list[int] = self.geometry.n_experts.tolist()
         self.is_engaged = bool(self._info().engaged)
 
     def open(self) -> None:
@@ -89,18 +116,17 @@ class Engine:
 
     def _publish(self, scores: Any, bonus: Any) -> bool:
         assert self.driver is not None
-        published = self.driver.publish()
-        if published is None:
+        if not self.driver.refresh():
             return False
-        ffi = library.load().ffi
-        for target, numbers in zip((scores, bonus), published, strict=True):
-            ffi.memmove(target, np.ascontiguousarray(numbers, np.float32), numbers.nbytes)
+        ffi, history = library.load().ffi, self.driver.history
+        ffi.memmove(scores, history.scores, history.scores.nbytes)
+        ffi.memmove(bonus, history.bonus, history.bonus.nbytes)
         return True
 
     def miss(
         self,
         layer: int,
-        needed: NDArray[np.int32],
+        needed: list[int],
         missing: NDArray[np.int32],
         n_victims: int,
         last_use: NDArray[np.int64],
@@ -109,14 +135,22 @@ class Engine:
         began = time.perf_counter()
         assert self.driver is not None
         with self._asking(began):
-            victims = np.empty(0, np.int32)
+            victims = _NONE
             if n_victims:
-                pinned = np.zeros(int(self.geometry.n_experts[layer]), np.bool_)
-                pinned[needed] = True
+                flags = bytearray(self.n_experts[layer])
+                for expert in needed:
+                    flags[expert] = 1
+                pinned = np.frombuffer(flags, np.bool_)
                 victims = self.driver.victims(layer, n_victims, pinned, last_use)
                 self.driver.drop(layer, victims)
             self.driver.admit(layer, missing)
             return victims
+
+    def note(self, seconds: float, error: BaseException | None) -> None:
+        """Count the policy's time, and keep what it failed of."""
+        self._seconds += seconds
+        if error is not None:
+            self._policy_error = f"{type(error).__name__}: {error}"
 
     def close(self) -> None:
         with self._lock:
@@ -187,19 +221,6 @@ class Engine:
                 elif (trace := self.recorded()) is not None:
                     trace.save(self._writer.path)
 
-    @contextmanager
-    def _asking(self, began: float) -> Iterator[None]:
-        """Count the time since `began` as the policy's; note its failure, but let it pass."""
-        interrupts.policy_thread = threading.get_ident()
-        try:
-            yield
-        except BaseException as error:
-            self._policy_error = f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            interrupts.policy_thread = None
-            self._seconds += time.perf_counter() - began
-
     def _append(self, step: Step) -> None:
         with self._lock:
             if self._is_record_over or self._record_failed:
@@ -243,8 +264,8 @@ class Engine:
         info = self._info()  # owns the geometry
         geometry, n = info.geometry, info.geometry.n_layers
         return Geometry(
-            n_experts=array(geometry.n_experts, (n,), np.int32),
-            k=array(geometry.k, (n,), np.int32),
-            n_slots=array(geometry.n_slots, (n,), np.int32),
-            expert_bytes=array(geometry.expert_bytes, (n,), np.int64),
+            n_experts=array(geometry.n_experts, (n,), INT32),
+            k=array(geometry.k, (n,), INT32),
+            n_slots=array(geometry.n_slots, (n,), INT32),
+            expert_bytes=array(geometry.expert_bytes, (n,), INT64),
         )

@@ -152,7 +152,10 @@ class Host:
         return engine
 
     def find(self, pointer: Any) -> Engine:
-        return next(engine for engine in self.engines if engine.pointer == pointer)
+        for engine in self.engines:
+            if engine.pointer == pointer:
+                return engine
+        raise LookupError(f"no engine at {pointer}")
 
     def close(self, pointer: Any) -> None:
         try:
