@@ -6,6 +6,7 @@ Fits on the first half of a trace's prompts and tests on the start of the second
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +28,21 @@ def likeliest(n_layers: int, n_experts: int, kept: int) -> type[Table]:
         def row_bytes(n_columns: int) -> int:
             return 2 * (n_layers * kept * 3 + (n_columns - n) * 2) + 8 + KEY_BYTES
 
-        def add(self, key: object, when: int, numbers: NDArray[np.float32], weight: float = 1.0) -> None:
-            super().add(key, when, numbers, weight)
+        def add(
+            self,
+            key: Any,
+            when: int,
+            numbers: NDArray[np.float32] | float,
+            weight: float = 1.0,
+            columns: NDArray[np.integer[Any]] | slice = slice(None),
+        ) -> None:
+            super().add(key, when, numbers, weight, columns)
             if (row := self.get(key)) < 0:
                 return
+            is_new = np.zeros(self.sums.shape[2], np.bool_)
+            is_new[columns] = np.asarray(numbers) > 0
             sums = self.sums[row, when, :n].reshape(n_layers, n_experts)
-            worth = sums + 0.5 * (numbers[:n].reshape(n_layers, n_experts) > 0)  # of equals the newest
+            worth = sums + 0.5 * is_new[:n].reshape(n_layers, n_experts)  # of equals the newest
             dropped = np.argpartition(-worth, kept - 1, axis=1)[:, kept:]
             np.put_along_axis(sums, dropped, np.float16(0), axis=1)
 

@@ -96,9 +96,13 @@ static __device__ __forceinline__ void fate_pdl_wait() {
 }
 
 static __device__ __forceinline__ uint64_t fate_now_ns() {
+#if defined(__HIP_PLATFORM_AMD__)
+    return wall_clock64() * 10; // 100 MHz
+#else
     uint64_t now;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
     return now;
+#endif
 }
 
 // Sums of wide counters: the type that atomics know.
