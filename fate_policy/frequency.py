@@ -31,13 +31,19 @@ class Frequency(Policy):
 
     def observe(self, step: Step) -> None:
         n = step.n_tokens
-        token, layer, rank = np.nonzero(step.ids >= 0)
-        used = (self._row[layer, 0] + step.ids[token, layer, rank]).astype(np.intp)
         decay = 2.0 ** (-1 / self.half_life_tokens)
-        added = np.bincount(used, decay ** (n - 1 - token), minlength=self._counts.size)
         self._counts *= decay**n
-        self._counts += added.reshape(self._counts.shape)
-        self._last_token.flat[used] = self._n_tokens + 1 + token
+        if n == 1 and step.ids.min(initial=0) >= 0:  # a token's experts are distinct
+            used, age = (step.ids[0] + self._row).ravel(), np.zeros(1, np.int64)
+            self._counts.reshape(-1)[used] += 1
+        else:
+            token, layer, rank = np.nonzero(step.ids >= 0)
+            used = (self._row[layer, 0] + step.ids[token, layer, rank]).astype(np.intp)
+            age = n - 1 - token
+            added = np.bincount(used, decay**age, minlength=self._counts.size)
+            self._counts += added.reshape(self._counts.shape)
+        if self.lfru:
+            self._last_token.reshape(-1)[used] = self._n_tokens + n - age
         self._n_tokens += n
 
     def scores(self, history: History) -> NDArray[np.float32]:
