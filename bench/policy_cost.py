@@ -263,7 +263,8 @@ def main(argv: list[str] | None = None) -> None:
             if seconds:
                 low, median = np.percentile(seconds, (10, 50)) * 1e6
                 print(
-                    f"{name:12s} {what:9s} median {median:7.1f} us, best tenth {low:7.1f}, n {len(seconds)}"
+                    f"{name:12s} {what:9s} median {median:7.1f} us, mean {1e6 * np.mean(seconds):7.1f}, "
+                    f"best tenth {low:7.1f}, n {len(seconds)}"
                 )
         if args.profile:
             pstats.Stats(profile).sort_stats("tottime").print_stats(25)

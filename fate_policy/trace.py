@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import struct
 import time
@@ -150,6 +151,24 @@ def geometry_meta(geometry: Geometry) -> dict[str, list[int]]:
     return {name: getattr(geometry, name).tolist() for name in _PER_LAYER_META}
 
 
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    """A step that is not written yet; its arrays are the receiver's to keep."""
+
+    step: Step
+    number: int
+    is_decode: NDArray[np.bool_] | None
+
+    def decoded(self) -> NDArray[np.bool_]:
+        if self.is_decode is not None:
+            return np.asarray(self.is_decode, np.bool_)
+        decoded: NDArray[np.bool_] = self.step.positions != 0
+        if self.step.n_tokens > 1:
+            _, of, count = np.unique(self.step.sequences, return_inverse=True, return_counts=True)
+            decoded &= count[of] == 1
+        return decoded
+
+
 class TraceWriter:
     """Record steps into PATH.part and turn that into the .npz PATH when closed.
 
@@ -176,8 +195,9 @@ class TraceWriter:
         self._ids_dtype: np.dtype[Any] = np.dtype(np.uint8 if fits_byte else np.uint16)
         self._not_run = np.iinfo(np.uint8).max if fits_byte else np.iinfo(np.uint16).max
         self._columns: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
-        self._waiting: list[dict[str, NDArray[Any]]] = []
-        self._waiting_bytes = 0
+        self._row_bytes = 0
+        self._waiting: list[_Waiting] = []
+        self._waiting_tokens = 0
         self._step = 0
         self._written_at = time.monotonic()
         try:
@@ -206,28 +226,31 @@ class TraceWriter:
             raise TraceError(f"trace {self.path} is closed")
         if not step.n_tokens:
             return
-        rows = self._rows(step, is_decode)
-        columns = {name: (array.dtype, array.shape[1:]) for name, array in rows.items()}
+        shape = step.ids.shape[1:], step.weights is not None
         if not self._columns:
-            self._columns = columns
-            layout = {name: [dtype.str, list(shape)] for name, (dtype, shape) in columns.items()}
+            self._shape, self._columns = shape, self._layout(*shape)
+            self._row_bytes = sum(dtype.itemsize * math.prod(size) for dtype, size in self._columns.values())
+            layout = {name: [dtype.str, list(size)] for name, (dtype, size) in self._columns.items()}
             self._write(b"META", json.dumps({"meta": self.meta, "columns": layout}).encode())
-        elif columns != self._columns:
-            raise TraceError(f"trace {self.path}: a step holds {columns}, the steps before {self._columns}")
+        elif shape != self._shape:
+            raise TraceError(
+                f"trace {self.path}: a step holds {self._layout(*shape)}, the steps before {self._columns}"
+            )
+        self._waiting.append(_Waiting(step, self._step, is_decode))
         self._step += 1
-        self._waiting.append(rows)
-        self._waiting_bytes += sum(array.nbytes for array in rows.values())
-        if self._waiting_bytes >= _FLUSH_BYTES or time.monotonic() - self._written_at >= _FLUSH_SECONDS:
+        self._waiting_tokens += step.n_tokens
+        is_full = self._waiting_tokens * self._row_bytes >= _FLUSH_BYTES
+        if is_full or time.monotonic() - self._written_at >= _FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
         """Hand what waits to the operating system."""
         if not self._waiting:
             return
-        waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
-        n_tokens = sum(len(rows["step"]) for rows in waiting)
-        payload = [struct.pack("<I", n_tokens)]
-        payload += [rows[name].tobytes() for name in self._columns for rows in waiting]
+        waiting, self._waiting, self._waiting_tokens = self._waiting, [], 0
+        rows = self._rows(waiting)
+        payload = [struct.pack("<I", len(rows["step"]))]
+        payload += [rows[name].astype(dtype).tobytes() for name, (dtype, _) in self._columns.items()]
         self._write(b"ROWS", b"".join(payload))
 
     def close(self) -> None:
@@ -253,23 +276,37 @@ class TraceWriter:
                 f"trace {self.path} cannot be written: {error}; what was recorded is kept in {self.part}"
             ) from error
 
-    def _rows(self, step: Step, is_decode: NDArray[np.bool_] | None) -> dict[str, NDArray[Any]]:
-        ids = step.ids.astype(self._ids_dtype)
-        ids[(step.ids < 0) | (step.path[:, :, None] == NOT_RUN)] = self._not_run
-        if is_decode is None:
-            _, of, count = np.unique(step.sequences, return_inverse=True, return_counts=True)
-            is_decode = (count[of] == 1) & (step.positions != 0)
+    def _layout(
+        self, ids_shape: tuple[int, ...], has_weights: bool
+    ) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Return each column's dtype and the shape of a row, in the order of the file."""
+        columns: dict[str, tuple[DTypeLike, tuple[int, ...]]] = {
+            "ids": (self._ids_dtype, ids_shape),
+            "path": (np.uint8, ids_shape[:1]),
+            **dict.fromkeys(("step", "sequence", "position", "token_id"), (np.int32, ())),
+            "is_decode": (np.bool_, ()),
+        }
+        if has_weights:
+            columns["weights"] = (np.float16, ids_shape)
+        return {name: (np.dtype(dtype), shape) for name, (dtype, shape) in columns.items()}
+
+    def _rows(self, waiting: list[_Waiting]) -> dict[str, NDArray[Any]]:
+        steps = [one.step for one in waiting]
+        ids = np.concatenate([step.ids for step in steps])
+        path = np.concatenate([step.path for step in steps])
+        ids[path == NOT_RUN] = -1
+        ids[ids < 0] = self._not_run
         rows: dict[str, NDArray[Any]] = {
             "ids": ids,
-            "path": step.path.astype(np.uint8),
-            "step": np.full(step.n_tokens, self._step, np.int32),
-            "sequence": step.sequences.astype(np.int32),
-            "position": step.positions.astype(np.int32),
-            "token_id": step.tokens.astype(np.int32),
-            "is_decode": np.asarray(is_decode, np.bool_),
+            "path": path,
+            "step": np.repeat([one.number for one in waiting], [step.n_tokens for step in steps]),
+            "sequence": np.concatenate([step.sequences for step in steps]),
+            "position": np.concatenate([step.positions for step in steps]),
+            "token_id": np.concatenate([step.tokens for step in steps]),
+            "is_decode": np.concatenate([one.decoded() for one in waiting]),
         }
-        if step.weights is not None:
-            rows["weights"] = step.weights.astype(np.float16)
+        if "weights" in self._columns:
+            rows["weights"] = np.concatenate([step.weights for step in steps if step.weights is not None])
         return rows
 
     def _write(self, tag: bytes, payload: bytes) -> None:
