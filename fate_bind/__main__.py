@@ -107,6 +107,7 @@ def _verify(argv: list[str]) -> int:
         mode=chosen.mode,
         sync=chosen.sync,
         vram=chosen.vram,
+        vram_margin=chosen.vram_margin,
         record=chosen.record,
     )
     try:

@@ -17,6 +17,7 @@ _FLAGS = {
         "slots per layer: 8, 25%, 4GiB in all, a list (default: auto, what fits)",
     ),
     "vram": ("SIZE", "with slots auto: count on a card of this size"),
+    "vram-margin": ("SIZE", "with slots auto: leave so much free (default: 1GiB)"),
     "mode": ("table|callback|off", "scores between tokens, Python at every miss, no pool (default: table)"),
     "sync": (None, "scores act from the very next step; the model waits for the policy"),
     "record": ("FILE.npz", "write every token's routing to FILE.npz"),
@@ -32,6 +33,7 @@ class Options:
     policy: str = "lru"
     slots: str | None = None
     vram: str | None = None
+    vram_margin: str | None = None
     mode: str | None = None
     sync: bool | None = None
     record: Path | None = None
@@ -83,6 +85,7 @@ def _checked(given: dict[str, str]) -> Options:
         policy=given.get("policy", "lru"),
         slots=given.get("slots"),
         vram=given.get("vram"),
+        vram_margin=given.get("vram-margin"),
         mode=given.get("mode"),
         sync=given["sync"] == "true" if "sync" in given else None,
         record=record,

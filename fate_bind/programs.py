@@ -71,7 +71,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     if not program.opens_contexts:
         return _call(program, args)
     args = _complete(command, args)
-    config, _ = resolve_config(chosen.policy, chosen.slots, chosen.mode, chosen.sync, chosen.vram)
+    config, _ = resolve_config(
+        chosen.policy, chosen.slots, chosen.mode, chosen.sync, chosen.vram, chosen.vram_margin
+    )
     host = Host(config, None, chosen.record, chosen.require)
     if command == "serve" and _wants_page(args) and not library.has_page():
         print(

@@ -40,15 +40,17 @@ def resolve_config(
     mode: str | None = None,
     sync: bool | None = None,
     vram: Any = None,
+    vram_margin: Any = None,
 ) -> tuple[Config, Policy | None]:
     """Return the configuration meant, and the policy's instance if one was given.
 
     Parameters
     ----------
-    slots, mode, sync, vram
+    slots, mode, sync, vram, vram_margin
         Win over the configuration's where they are not None.
     """
     given = {"slots": slots, "mode": mode, "sync": sync, "vram": vram}
+    given["vram_margin"] = vram_margin
     overrides = {key: value for key, value in given.items() if value is not None}
     if isinstance(policy, Policy):
         return replace(load("lru", overrides), policy=policy_name(policy)), policy

@@ -127,6 +127,7 @@ def verify(
     mode: str | None = None,
     sync: bool | None = None,
     vram: Any = None,
+    vram_margin: Any = None,
     record: str | Path | None = None,
     require: bool = False,
     place: bool = True,
@@ -143,11 +144,11 @@ def verify(
         Flags of llama-completion; `-p` or `-f` among them give the prompt where `prompt` is None.
     n_tokens
         Tokens generated after the prompt; the end-of-text token does not stop it.
-    policy, slots, mode, sync, vram, record, require, place
+    policy, slots, mode, sync, vram, vram_margin, record, require, place
         As for `Session`, but by default half of the experts have slots, whatever would fit: what is to be
         verified is the pool.
     """
-    config, instance = resolve_config(policy, slots, mode, sync, vram)
+    config, instance = resolve_config(policy, slots, mode, sync, vram, vram_margin)
     if config.slots.kind == "auto" and slots is None and config.vram is None:
         config = replace(config, slots=Slots.parse("50%"))
     host = Host(config, instance, Path(record) if record else None, require)  # refuses before a model loads

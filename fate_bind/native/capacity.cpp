@@ -47,7 +47,6 @@ static std::string minimum(int32_t kind, const std::vector<fate_layer_shape> & l
         case FATE_SLOTS_BYTES:
             return fate_format("%lld bytes", static_cast<long long>(bytes));
         case FATE_SLOTS_PERCENT:
-        case FATE_SLOTS_AUTO:
             return fate_format("%g%%", percent);
         default:
             return fate_format("%d", k);
@@ -76,10 +75,11 @@ static std::vector<int32_t> slots_for_budgets(const std::vector<fate_layer_shape
 
 static std::string too_little_vram(const fate_layer_shape & layer, int32_t n, const fate_budget & budget) {
     const double gib = 1 << 30;
-    return fate_format(
-        "slots: %.2f GiB of VRAM are free for experts, %.2f GiB of them for staging: %d slots a layer, and a token uses %d experts; "
-        "a shorter context (-c), a smaller -ub or fewer layers on the GPU (-ngl) leave more",
-        std::max(0.0, static_cast<double>(budget.bytes) / gib), static_cast<double>(budget.staging_bytes) / gib, n, layer.k);
+    return fate_format("slots: %.2f GiB of VRAM are free, %.2f GiB are to stay so and %.2f GiB are for staging: room for %d slots a layer, "
+                       "and a token uses %d "
+                       "experts; a shorter context (-c), a smaller -ub, fewer layers on the GPU (-ngl), vram_margin or vram leave more",
+                       static_cast<double>(budget.free_bytes) / gib, static_cast<double>(budget.margin_bytes) / gib,
+                       static_cast<double>(budget.staging_bytes) / gib, n, layer.k);
 }
 
 std::vector<int32_t> fate_capacity(const fate_config & config, const std::vector<int32_t> & list,
@@ -94,8 +94,11 @@ std::vector<int32_t> fate_capacity(const fate_config & config, const std::vector
     for (const fate_layer_shape & layer : layers) {
         most = std::max(most, layer.n_experts);
     }
-    const int32_t for_bytes =
-        config.slots_kind == FATE_SLOTS_BYTES ? slots_for_bytes(config.slots_value - static_cast<double>(staging_bytes), layers) : 0;
+    int32_t for_bytes = 0;
+    if (config.slots_kind == FATE_SLOTS_BYTES) {
+        const int32_t unstaged = slots_for_bytes(config.slots_value, layers); // where every expert has a place nothing is staged
+        for_bytes              = unstaged == most ? most : slots_for_bytes(config.slots_value - static_cast<double>(staging_bytes), layers);
+    }
 
     std::vector<int32_t> for_budgets;
     if (config.slots_kind == FATE_SLOTS_AUTO) {

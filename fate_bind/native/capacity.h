@@ -17,7 +17,9 @@ struct fate_layer_shape {
 // What `auto` can take of a GPU.
 struct fate_budget {
     int64_t bytes;
-    int64_t staging_bytes; // of these, unless every expert gets a place
+    int64_t staging_bytes;    // of these, unless every expert gets a place
+    int64_t free_bytes   = 0; // of the card, or of the size that it is to count on; for messages
+    int64_t margin_bytes = 0; // of these, to stay free
 };
 
 // Never more than a layer's experts. Throws fate_error FATE_STATUS_CAPACITY with the minimum if a layer gets fewer slots than it uses experts per token.

@@ -38,13 +38,13 @@ bool fate_courier::bring() {
 
 // The next order, if one was posted; all chunks of the last are taken then.
 bool fate_courier::accept() {
-    const uint32_t posted = fate_load_acquire(box_.posted);
-    if (posted == n_accepted_) {
+    if (fate_load_acquire(box_.posted) == n_accepted_) {
         return false;
     }
     std::lock_guard<std::mutex> lock(accept_mutex_);
+    const uint32_t              posted = fate_load_acquire(box_.posted); // again: it may have moved on meanwhile
     if (posted == n_accepted_) {
-        return true; // another thread was faster
+        return true;                                                     // another thread was faster
     }
     n_accepted_ = posted;
     first_      = end_;

@@ -25,20 +25,17 @@ fate_cuda_bulk::fate_cuda_bulk(int ordinal, const std::vector<fate_cuda_layer> &
         }
     }
     reached_.create();
-    FATE_CUDA(cudaHostAlloc(reinterpret_cast<void **>(&tables_), layers.size() * stride * sizeof(int32_t), cudaHostAllocPortable));
-    FATE_CUDA(cudaStreamCreateWithFlags(&engine_, cudaStreamNonBlocking));
+    tables_.allocate(layers.size() * stride * sizeof(int32_t));
+    FATE_CUDA(cudaStreamCreateWithFlags(&engine_, cudaStreamNonBlocking)); // last: nothing may throw behind it
 }
 
 fate_cuda_bulk::~fate_cuda_bulk() {
-    if (engine_) {
-        cudaStreamDestroy(engine_);
-    }
-    cudaFreeHost(tables_);
+    cudaStreamDestroy(engine_);
 }
 
 // Tables of a layer change in its own ops alone, and not before they are looked at here.
 void fate_cuda_bulk::fetch(cudaStream_t stream) {
-    FATE_CUDA(cudaMemcpyAsync(tables_, slot_of_, layers_.size() * stride_ * sizeof(int32_t), cudaMemcpyDeviceToHost, stream));
+    FATE_CUDA(cudaMemcpyAsync(tables_.data, slot_of_, layers_.size() * stride_ * sizeof(int32_t), cudaMemcpyDeviceToHost, stream));
     FATE_CUDA(cudaStreamSynchronize(stream));
     for (auto & layer : parts_) {
         for (part & p : layer) {
@@ -92,9 +89,6 @@ void fate_cuda_bulk::copy() {
         FATE_CUDA(cudaMemcpyAsync(to_[i], from_[i], size_[i], cudaMemcpyHostToDevice, engine_));
     }
 #endif
-    to_.clear();
-    from_.clear();
-    size_.clear();
 }
 
 // Has the engine bring the experts without a slot of one tensor, behind the event `reached`.
@@ -104,7 +98,11 @@ void fate_cuda_bulk::order(size_t layer, size_t tensor) {
     if (!t.is_part || p.is_ordered) {
         return;
     }
-    const int32_t * slot_of   = tables_ + layer * stride_;
+    to_.clear(); // of an order that failed
+    from_.clear();
+    size_.clear();
+    ahead_                    = static_cast<int64_t>(layer);
+    const int32_t * slot_of   = reinterpret_cast<const int32_t *>(tables_.data) + layer * stride_;
     const int32_t   n_experts = layers_[layer].n_experts;
     const char *    source    = static_cast<const char *>(t.source);
     char *          staging   = static_cast<char *>(t.staging);
@@ -141,11 +139,18 @@ void fate_cuda_bulk::launch(size_t layer, const fate_cuda_call & call, cudaStrea
     if (!is_fetched_) {
         fetch(stream);
     }
+    if (ahead_ >= 0 && ahead_ != static_cast<int64_t>(layer)) { // ordered for a layer that did not come
+        join(stream);
+        for (part & p : parts_[ahead_]) {
+            p.is_ordered = false;
+        }
+    }
     // everything before this layer has read its staging tensors
     FATE_CUDA(cudaEventRecord(reached_.handle, stream));
     for (size_t t = 0; t < parts_[layer].size(); ++t) {
         order(layer, t);
     }
+    ahead_ = -1;
 
     const int n_pairs = call.n_rows * l.k;
     fate_batch_open<<<1, 256, 0, stream>>>(l, batch, call.n_rows);

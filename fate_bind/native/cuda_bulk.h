@@ -72,7 +72,8 @@ private:
     device_array<int32_t>          before_;
     device_array<uint8_t>          touched_;
     device_array<int64_t>          clocks_;
-    int32_t *                      tables_     = nullptr; // pinned, [layer][stride]
-    bool                           is_fetched_ = false;   // in this step
-    bool                           is_busy_    = false;   // the engine may be copying
+    pinned_buffer                  tables_;             // int32 [layer][stride]
+    int64_t                        ahead_      = -1;    // the layer for which was ordered last, until its op comes
+    bool                           is_fetched_ = false; // in this step
+    bool                           is_busy_    = false; // the engine may be copying
 };

@@ -3,7 +3,7 @@
 
 #include "cuda_layer.cuh"
 
-// Test builds: what is copied into slots and staging first holds NaNs, and comes late. Whoever reads too early is found out.
+// Test builds: a missed expert's slot, and what the copy engine fills of staging, first holds NaNs, and the bytes come late. Whoever reads too early is found out.
 #if defined(FATE_FAULT_LATE_FILLS) || defined(FATE_FAULT_NOT_AWAITED)
 #    define FATE_LATE_FILLS
 #endif
@@ -54,6 +54,8 @@ static __device__ __forceinline__ fate_cuda_piece fate_load(const fate_cuda_laye
                 piece.to = nullptr;
             }
             from = place < layer.n_experts * tensor.expert_bytes ? from : nullptr;
+        } else if (slot_of[expert] < 0 && from == piece.to) { // the ring brought it already
+            piece.to = nullptr;
         } else if (slot_of[expert] >= 0) {
             from = tensor.slots + slot_of[expert] * tensor.expert_bytes + offset;
         }

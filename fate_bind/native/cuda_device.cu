@@ -63,7 +63,7 @@ public:
     ~fate_cuda_device() override;
 
     void             reset() override;
-    std::string      begin(int32_t n_tokens) override;
+    std::string      begin(int32_t n_tokens, bool first_is_bulk) override;
     void             launch(size_t layer, uint8_t path, ggml_tensor * dst, void * stream) override;
     bool             is_bulk(size_t layer, int32_t n_rows) const override;
     void             launch_bulk(size_t layer, ggml_tensor * dst, void * stream) override;
@@ -89,6 +89,7 @@ private:
     fate_cuda_call call_of(size_t layer, const ggml_tensor * dst);
     void           enqueue(uint8_t path, const fate_cuda_layer & layer, const fate_cuda_call & call);
     void           note_launch();
+    void           fail(ggml_tensor * dst);
     const void *   on_device(const void * p) const;
 
     size_t pairs(int32_t n_tokens) const { return layers_.size() * static_cast<size_t>(n_tokens) * max_k_; }
@@ -299,7 +300,7 @@ void fate_cuda_device::reset() {
     }
 }
 
-std::string fate_cuda_device::begin(int32_t n_tokens) {
+std::string fate_cuda_device::begin(int32_t n_tokens, bool first_is_bulk) {
     n_tokens_ = n_tokens;
     if (callback_) {
         callback_->wake();
@@ -315,7 +316,7 @@ std::string fate_cuda_device::begin(int32_t n_tokens) {
         if (config_.wants_steps) { // layers that the step leaves out say so
             FATE_CUDA(cudaMemsetAsync(back_.data + parts_of(0).steps, 0, layers_.size() * sizeof(fate_cuda_step), stream_));
         }
-        bulk_->begin(is_bulk(0, n_tokens), stream_);
+        bulk_->begin(first_is_bulk, stream_);
         return "";
     } catch (const fate_error & e) {
         return e.what();
@@ -375,8 +376,19 @@ void fate_cuda_device::note_launch() {
 
 void fate_cuda_device::launch(size_t layer, uint8_t path, ggml_tensor * dst, void * stream) {
     stream_ = static_cast<cudaStream_t>(stream);
-    enqueue(path, layers_[layer], call_of(layer, dst));
-    note_launch();
+    try {
+        enqueue(path, layers_[layer], call_of(layer, dst));
+        note_launch();
+    } catch (const fate_error &) {
+        fail(dst);
+        throw;
+    }
+}
+
+// What reads the result of an op that failed must stay within the experts.
+void fate_cuda_device::fail(ggml_tensor * dst) {
+    cudaMemsetAsync(dst->data, 0, ggml_nbytes(dst), stream_);
+    cudaGetLastError();
 }
 
 bool fate_cuda_device::is_bulk(size_t layer, int32_t n_rows) const {
@@ -386,8 +398,13 @@ bool fate_cuda_device::is_bulk(size_t layer, int32_t n_rows) const {
 
 void fate_cuda_device::launch_bulk(size_t layer, ggml_tensor * dst, void * stream) {
     stream_ = static_cast<cudaStream_t>(stream);
-    bulk_->launch(layer, call_of(layer, dst), stream_);
-    note_launch();
+    try {
+        bulk_->launch(layer, call_of(layer, dst), stream_);
+        note_launch();
+    } catch (const fate_error &) {
+        fail(dst);
+        throw;
+    }
 }
 
 void fate_cuda_device::launch_part(size_t layer, size_t tensor, bool next_is_bulk, void * stream) {

@@ -1,5 +1,5 @@
 // What runs on the GPU: the decision, the copies, the tables. One launch a layer; nothing here waits for the host or for another block, but for the
-// answer to a miss in callback mode.
+// answer to a miss in callback mode, and for what comes through the ring.
 //
 // Every block of a launch takes the same decision from the same tables and copies its share; the last block to have read the tables changes them when
 // it has copied.

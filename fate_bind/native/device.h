@@ -1,6 +1,7 @@
 // Layers that run on a GPU: their tables, kernels and copies. What the engine needs of it, without CUDA's headers.
 //
-// Everything is enqueued on the backend's own stream, so that order there is the only synchronisation. A step's counters and records come back with one
+// Everything is enqueued on the backend's own stream, so that order there is the only synchronisation, but for large batches, whose copies have a stream of
+// their own (cuda_bulk.h). A step's counters and records come back with one
 // copy enqueued behind it; collect() waits for that copy.
 #pragma once
 
@@ -53,7 +54,8 @@ public:
     virtual void reset() = 0;
 
     // What failed, "" if nothing.
-    virtual std::string begin(int32_t n_tokens)                                       = 0;
+    // first_is_bulk: the first layer's op will be split.
+    virtual std::string begin(int32_t n_tokens, bool first_is_bulk)                   = 0;
     // The launcher of a layer's op. src[0]: ids, src[2]: router weights or null. Throws fate_error.
     virtual void launch(size_t layer, uint8_t path, ggml_tensor * dst, void * stream) = 0;
 

@@ -69,7 +69,8 @@ void fate_engine::measure() {
         max_k_       = std::max(max_k_, b.k);
         max_experts_ = std::max(max_experts_, b.n_experts);
     }
-    withheld_.assign(gpus_.size(), 0);
+    most_.assign(gpus_.size(), INT64_MAX);
+    tried_.assign(gpus_.size(), 0);
     scores_.resize(blocks_.size() * static_cast<size_t>(max_experts_));
     bonus_.resize(blocks_.size());
 }
@@ -82,7 +83,9 @@ std::vector<fate_budget> fate_engine::budgets() const {
         size_t total;
         ggml_backend_dev_memory(gpus_[i], &free, &total);
         const int64_t spared = config_.vram_bytes > 0 ? std::max<int64_t>(static_cast<int64_t>(total) - config_.vram_bytes, 0) : 0;
-        all.push_back({ static_cast<int64_t>(free) - spared - config_.vram_margin - withheld_[i], pool_.staging_bytes_on(gpus_[i]) });
+        const int64_t ours   = static_cast<int64_t>(free) - spared;
+        const int64_t bytes  = std::min(ours - config_.vram_margin, most_[i]);
+        all.push_back({ bytes, pool_.staging_bytes_on(gpus_[i]), ours, config_.vram_margin });
     }
     return all;
 }
@@ -105,9 +108,13 @@ bool fate_engine::choose() {
     if (!any_served) {
         return false;
     }
-    std::vector<int32_t> wanted;
+    std::vector<int32_t>           wanted;
+    const std::vector<fate_budget> now = budgets();
+    for (size_t i = 0; i < now.size(); ++i) {
+        tried_[i] = now[i].bytes;
+    }
     try {
-        wanted = fate_capacity(config_, settings_->slots_list, shapes_, pool_.staging_bytes(), budgets());
+        wanted = fate_capacity(config_, settings_->slots_list, shapes_, pool_.staging_bytes(), now);
     } catch (const fate_error & error) {
         // `auto` takes what there is; a draft model or an MTP context is beside the model that the slots were meant for
         if (config_.slots_kind != FATE_SLOTS_AUTO && !fate_registry_any_engaged()) {
@@ -160,34 +167,46 @@ void fate_engine::engage() {
     }
 }
 
-// Has `auto` ask for less. False if that is of no use.
+// Has `auto` ask for less than it tried. False if that is of no use.
 bool fate_engine::shrink() {
     if (!is_auto() || n_tries_ == MAX_TRIES) {
         return false;
     }
     ++n_tries_;
-    const std::vector<fate_budget> now = budgets();
-    for (size_t i = 0; i < now.size(); ++i) {
-        withheld_[i] += std::max<int64_t>(now[i].bytes / 16, 0);
+    for (size_t i = 0; i < tried_.size(); ++i) {
+        most_[i] = tried_[i] - std::max<int64_t>(tried_[i] / 16, 0);
     }
     return true;
 }
 
-// Whether llama.cpp's own buffers grew into the margin: they serve the experts' products too now. `auto` then chooses again beside them.
-bool fate_engine::is_overdrawn() {
+// Whether `auto` is to choose again beside llama.cpp's own buffers as they are now: they serve the experts' products too, or no longer hold copies of
+// experts, and so have grown into the margin or left room.
+bool fate_engine::is_misjudged() {
     if (!is_auto() || !is_placed() || n_tries_ == MAX_TRIES) {
         return false;
     }
-    const std::vector<fate_budget> now   = budgets();
-    bool                           drawn = false;
+    const std::vector<fate_budget> now      = budgets();
+    bool                           is_drawn = false;
+    bool                           has_room = false;
     for (size_t i = 0; i < now.size(); ++i) {
-        drawn = drawn || now[i].bytes + withheld_[i] < 0;
+        const int64_t left = now[i].free_bytes - now[i].margin_bytes;
+        int64_t       slot = 0; // one more in every layer that can have it
+        for (size_t j = 0; j < blocks_.size(); ++j) {
+            slot += blocks_[j]->n_slots > 0 && shapes_[j].device == static_cast<int32_t>(i) ? shapes_[j].expert_bytes : 0;
+        }
+        is_drawn = is_drawn || left < 0;
+        has_room = has_room || (slot > 0 && left > slot && most_[i] == INT64_MAX);
     }
-    n_tries_ += drawn;
-    return drawn;
+    n_tries_ += is_drawn || has_room;
+    return is_drawn || has_room;
 }
 
 std::string fate_engine::no_memory() const {
+    if (is_auto()) {
+        return fate_format(
+            "there is no memory for a pool of %lld bytes; a larger vram_margin, a shorter context (-c) or a smaller -ub leave more",
+            static_cast<long long>(pool_bytes_));
+    }
     return fate_format("there is no memory for a pool of %lld bytes; ask for fewer slots", static_cast<long long>(pool_bytes_));
 }
 
@@ -293,7 +312,7 @@ bool fate_engine::reserved(bool ok) {
                 stage_ = stage::TRYING;
                 break;
             case stage::TRYING:
-                if (ok && !is_overdrawn()) {
+                if (ok && !is_misjudged()) {
                     settle();
                     return false;
                 }
@@ -372,6 +391,11 @@ void fate_engine::perf_reset() {
 // steps
 //
 
+// The first layer that a device serves.
+const fate_engine::block & fate_engine::first_of(const fate_device & device) const {
+    return **std::find_if(blocks_.begin(), blocks_.end(), [&](const auto & b) { return b->device == &device; });
+}
+
 void fate_engine::ubatch_begin(const llama_ubatch & ubatch) {
     const bool active = engaged_ && !ctx_.get_cparams().warmup;
     if (active != active_) {
@@ -390,8 +414,10 @@ void fate_engine::ubatch_begin(const llama_ubatch & ubatch) {
             }
         }
         for (auto & device : devices_) {
-            const std::string why = device->begin(static_cast<int32_t>(ubatch.n_tokens));
-            error_                = why.empty() ? error_ : why;
+            const int32_t     n_tokens = static_cast<int32_t>(ubatch.n_tokens);
+            const bool        again    = first_of(*device).n_bulk_rows == n_tokens; // then the newest graph, or one like it, runs
+            const std::string why      = device->begin(n_tokens, again);
+            error_                     = why.empty() ? error_ : why;
         }
         if (sync_ && expect()) {
             publish();

@@ -100,8 +100,8 @@ private:
         op                          route_op;
         op                          bulk_op;                   // staged on a GPU, with an op for each large tensor
         std::vector<op>             part_ops;                  // by tensor
-        bool                        is_bulk = false;           // in the newest graph
-        const block *               next    = nullptr;         // on the same GPU
+        int32_t                     n_bulk_rows = 0;           // in the newest graph, 0: it is not split
+        const block *               next        = nullptr;     // on the same GPU
     };
 
     friend class fate_engine_io;
@@ -113,7 +113,7 @@ private:
     void                 stage_in_parts(ggml_context * ctx0, block & b, llama_moe_args & args, ggml_tensor * anchor, ggml_tensor * weights);
     static void          mark(ggml_tensor * dst, op & self, bool is_eager);
     static ggml_tensor * add_op(ggml_context * ctx0, int64_t k, int64_t n_rows, ggml_tensor * ids, ggml_tensor * anchor,
-                                ggml_tensor * weights, op & self);
+                                ggml_tensor * weights, op & self, bool is_eager = false);
 
     // what has been decided
     enum class stage {
@@ -131,6 +131,8 @@ private:
     std::vector<fate_budget> budgets() const;
     ggml_backend_dev_t       device_of(const llama_moe_args & args) const;
 
+    const block & first_of(const fate_device & device) const;
+
     void measure();
     bool ask(const fate_miss & miss, int32_t * victims) override;
     void reject() override;
@@ -139,7 +141,7 @@ private:
     void        engage();
     bool        choose();
     bool        shrink();
-    bool        is_overdrawn();
+    bool        is_misjudged();
     void        open_devices();
     void        open_routers();
     void        replay(ggml_context * ctx0, block & b, llama_moe_args & args);
@@ -182,8 +184,9 @@ private:
     int64_t           pool_bytes_  = 0;
 
     std::vector<fate_layer_shape>   shapes_;
-    std::vector<ggml_backend_dev_t> gpus_;     // by fate_layer_shape::device
-    std::vector<int64_t>            withheld_; // bytes of each that `auto` learned to leave alone
+    std::vector<ggml_backend_dev_t> gpus_;  // by fate_layer_shape::device
+    std::vector<int64_t>            most_;  // bytes of each that `auto` may take: less than what failed
+    std::vector<int64_t>            tried_; // that it took last
     int32_t                         n_tries_ = 0;
 
     std::vector<int32_t> n_experts_;

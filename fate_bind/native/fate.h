@@ -24,7 +24,7 @@ extern "C" {
 
 // cdef begin
 
-#define FATE_ABI_VERSION 1
+#define FATE_ABI_VERSION 2
 
 enum {
     FATE_STATUS_OK       = 0,
@@ -107,7 +107,7 @@ typedef struct fate_step {
 } fate_step;
 
 // Callbacks run on the thread that decodes, which need not be the one that called in; on_miss for layers on a GPU on a thread of the engine's own, but
-// never while another callback of the same engine runs. They return FATE_STATUS_OK, or another status: on_open then fails the context; after any other
+// never while another callback of the same engine but on_wait runs. They return FATE_STATUS_OK, or another status: on_open then fails the context; after any other
 // the engine goes on as LRU and calls on_step, on_expect and on_miss no more, except on_step for records.
 
 // An engine is ready, engaged or not, or was reset (fate_engine_get_info tells). Comes again after each reset.

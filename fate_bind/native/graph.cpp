@@ -155,13 +155,16 @@ void fate_engine::build_moe(ggml_context * ctx0, ggml_cgraph * gf, llama_moe_arg
     }
 
     // between products that upstream fuses no op may stand: it does so up to max_rows
-    b.is_bulk = !pooled && n_rows > b.max_rows && b.device->is_bulk(b.at, static_cast<int32_t>(n_rows));
-    if (b.is_bulk) {
+    const bool is_bulk = !pooled && n_rows > b.max_rows && b.device->is_bulk(b.at, static_cast<int32_t>(n_rows));
+    b.n_bulk_rows      = is_bulk ? static_cast<int32_t>(n_rows) : 0;
+    if (is_bulk) {
         stage_in_parts(ctx0, b, args, anchor, weights);
         return;
     }
 
-    args.ids = add_op(ctx0, k, n_rows, args.ids, anchor, weights, pooled ? b.pool_op : b.other_op);
+    // beside layers that are split a staged op may have to wait for the copy engine, which no capture can
+    const bool is_eager = !pooled && record_[current_].n_tokens() > b.max_rows;
+    args.ids            = add_op(ctx0, k, n_rows, args.ids, anchor, weights, pooled ? b.pool_op : b.other_op, is_eager);
     ggml_format_name(args.ids, pooled ? "fate_slots-%d" : "fate_staged-%d", args.il);
     for (ggml_tensor ** tensor : expert_tensors(args)) {
 #if defined(FATE_FAULT_BIAS_NOT_POOLED)
@@ -178,7 +181,7 @@ void fate_engine::build_moe(ggml_context * ctx0, ggml_cgraph * gf, llama_moe_arg
 // Each large tensor is the result of an op of its own, which comes right before the product that reads it.
 void fate_engine::stage_in_parts(ggml_context * ctx0, block & b, llama_moe_args & args, ggml_tensor * anchor, ggml_tensor * weights) {
     const int32_t layer = b.bulk_op.layer;
-    args.ids            = add_op(ctx0, args.ids->ne[0], args.ids->ne[1], args.ids, anchor, weights, b.bulk_op);
+    args.ids            = add_op(ctx0, args.ids->ne[0], args.ids->ne[1], args.ids, anchor, weights, b.bulk_op, true);
     ggml_format_name(args.ids, "fate_bulk-%d", args.il);
     const auto & tensors = pool_.tensors(layer);
     for (ggml_tensor ** tensor : expert_tensors(args)) {
@@ -216,12 +219,12 @@ void fate_engine::mark(ggml_tensor * dst, op & self, bool is_eager) {
 
 // src: ids, a weight of the GPU that holds the op there or null, router weights or null.
 ggml_tensor * fate_engine::add_op(ggml_context * ctx0, int64_t k, int64_t n_rows, ggml_tensor * ids, ggml_tensor * anchor,
-                                  ggml_tensor * weights, op & self) {
+                                  ggml_tensor * weights, op & self, bool is_eager) {
     ggml_tensor * dst = ggml_custom_4d(ctx0, GGML_TYPE_I32, k, n_rows, 1, 1, &ids, 1, run_op, 1, &self);
     dst->src[1]       = anchor;
     dst->src[2]       = weights;
     if (anchor) {
-        mark(dst, self, &self == &self.engine->blocks_[self.layer]->bulk_op);
+        mark(dst, self, is_eager);
     }
     return dst;
 }
@@ -242,7 +245,7 @@ void fate_engine::launch_op(ggml_tensor * dst, void * stream) {
         if (self == &b.route_op) {
             route(*self, dst, stream);
         } else if (self->part >= 0) {
-            b.device->launch_part(b.at, self->part, b.next && b.next->is_bulk, stream);
+            b.device->launch_part(b.at, self->part, b.next && b.next->n_bulk_rows > 0, stream);
         } else if (self == &b.bulk_op) {
             b.device->launch_bulk(b.at, dst, stream);
         } else {

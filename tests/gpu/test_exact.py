@@ -261,6 +261,18 @@ def test_large_prompts_are_never_captured(resident: Session, pooled: Session, to
             assert after[1] == before[1]
 
 
+def test_a_last_layer_with_few_rows_after_split_ones_is_not_captured(tokens: list[int]) -> None:
+    """With the KV cache on the host each layer is a graph of its own, which could be captured by itself."""
+    args = [*ARGS, "-nkvo"]
+    wanted = [False] * 580 + [True] * 20
+    with Session(args=[*args, *RESIDENT], fate=False, place=False) as session:
+        expected = session.decode(tokens[:600], outputs=wanted)
+    with Session(args=args, policy="lru", slots=K, require=True) as session:
+        for _ in range(4):
+            session.clear()
+            assert np.array_equal(session.decode(tokens[:600], outputs=wanted), expected)
+
+
 def test_throttled_fills_take_their_time(tokens: list[int]) -> None:
     rate = 0.05  # 10^9 bytes a second
     with Session(args=ARGS, policy="lru", slots=K, require=True, throttle_gbps=rate) as session:

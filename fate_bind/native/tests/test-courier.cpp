@@ -99,7 +99,41 @@ static void run(int n_couriers, int n_blocks, uint32_t seed) {
     CHECK(desk.first > FATE_RING_CHUNKS); // it went around
 }
 
+// Orders of one chunk, so that couriers meet at the next one all the time.
+static void many(int n_couriers, int n_orders) {
+    const uint64_t                                      size = 16384;
+    std::vector<char>                                   data(24 * size);
+    std::mt19937                                        random(7);
+    const std::vector<std::vector<fate_courier_tensor>> layers = { { { data.data(), size } } };
+    for (char & c : data) {
+        c = static_cast<char>(random());
+    }
+    std::vector<char> ring(static_cast<size_t>(FATE_RING_CHUNKS) * FATE_RING_CHUNK);
+    fate_ring_box     box{};
+    fate_ring_clear(box);
+    fate_courier courier(box, ring.data(), layers, n_couriers);
+    host_io      io;
+    int          n_wrong = 0;
+    for (int order = 0; order < n_orders; ++order) {
+        const int32_t expert = static_cast<int32_t>(random() % 24);
+        if (order % 256 == 0) {
+            courier.wake();
+        }
+        box.layer      = 0;
+        box.n_experts  = 1;
+        box.experts[0] = expert;
+        fate_store_release(box.posted, static_cast<uint32_t>(order) + 1);
+        const uint32_t chunk = static_cast<uint32_t>(order);
+        fate_ring_await(box, chunk, io);
+        n_wrong +=
+            memcmp(ring.data() + static_cast<size_t>(fate_ring_place(chunk)) * FATE_RING_CHUNK, data.data() + expert * size, size) != 0;
+        fate_ring_give_back(box, chunk, io);
+    }
+    CHECK(n_wrong == 0);
+}
+
 int main() {
+    many(4, 100000);
     run(1, 1, 1);
     run(1, 8, 2);
     run(4, 3, 3);
