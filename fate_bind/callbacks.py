@@ -123,18 +123,44 @@ def array(pointer: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray
     return np.ndarray(shape, dtype, library.load().ffi.buffer(pointer, n_bytes)[:] if n_bytes else b"")
 
 
+class CopiedStep(Step):
+    """A step copied from C as bytes; of those an array is made when it is first asked for."""
+
+    @classmethod
+    def of(cls, copied: dict[str, tuple[tuple[int, ...], np.dtype[Any], bytes]]) -> CopiedStep:
+        """Return a step of the shape, the dtype and the bytes of each array."""
+        made = cls.__new__(cls)
+        made.__dict__["_copied"] = copied
+        return made
+
+    def __getattr__(self, name: str) -> NDArray[Any]:
+        try:
+            made: NDArray[Any] = np.ndarray(*self.__dict__["_copied"][name])
+        except KeyError:
+            raise AttributeError(name) from None
+        self.__dict__[name] = made
+        return made
+
+
 def read_step(step: Any) -> Step:
-    rows = (step.n_tokens, step.n_layers)
-    pairs = (*rows, step.k)
-    tokens = rows[:1]
-    return Step(
-        ids=array(step.ids, pairs, INT32),
-        path=array(step.path, rows, UINT8),
-        weights=array(step.weights, pairs, FLOAT32) if step.weights else None,
-        tokens=array(step.tokens, tokens, INT32),
-        positions=array(step.positions, tokens, INT32),
-        sequences=array(step.sequences, tokens, INT32),
-        hits=array(step.hits, pairs, UINT8),
-        fills=array(step.fills, (step.n_fills, 2), INT32),
-        evictions=array(step.evictions, (step.n_evictions, 2), INT32),
-    )
+    buffer = library.load().ffi.buffer
+    n_tokens, n_layers, k = step.n_tokens, step.n_layers, step.k
+    n_fills, n_evictions = step.n_fills, step.n_evictions
+    n_rows = n_tokens * n_layers
+    rows, pairs = (n_tokens, n_layers), (n_tokens, n_layers, k)
+    copied: dict[str, Any] = {
+        "ids": (pairs, INT32, buffer(step.ids, 4 * n_rows * k)[:]),
+        "path": (rows, UINT8, buffer(step.path, n_rows)[:]),
+        "tokens": ((n_tokens,), INT32, buffer(step.tokens, 4 * n_tokens)[:]),
+        "positions": ((n_tokens,), INT32, buffer(step.positions, 4 * n_tokens)[:]),
+        "sequences": ((n_tokens,), INT32, buffer(step.sequences, 4 * n_tokens)[:]),
+        "hits": (pairs, UINT8, buffer(step.hits, n_rows * k)[:]),
+        "fills": ((n_fills, 2), INT32, buffer(step.fills, 8 * n_fills)[:]),
+        "evictions": ((n_evictions, 2), INT32, buffer(step.evictions, 8 * n_evictions)[:]),
+    }
+    made = CopiedStep.of(copied)
+    if step.weights:
+        copied["weights"] = (pairs, FLOAT32, buffer(step.weights, 4 * n_rows * k)[:])
+    else:
+        made.__dict__["weights"] = None
+    return made

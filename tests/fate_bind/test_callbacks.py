@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 import weakref
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from fate_bind import host
+from fate_bind.callbacks import read_step
 from fate_bind.errors import EngineError, PolicyConfigError, PolicyError, TraceError
 from fate_bind.library import Library
 from fate_bind.session import Session
@@ -105,6 +108,27 @@ def test_a_policy_sees_each_step_as_it_was(fake: Library, model: Path) -> None:
     assert steps[0].fills.tolist() == [[0, 3], [0, 0], [1, 4], [1, 1]]
     assert not steps[0].ids.flags.writeable
     assert sum(len(step.fills) for step in steps) == session.counters().fills.sum()
+
+
+def test_a_step_from_c_is_a_step_like_others(fake: Library) -> None:
+    """Also without moves, whose pointers may be null."""
+    ffi, _ = fake
+    ids, path = ffi.new("int32_t[]", [1, 2, 3, 4]), ffi.new("uint8_t[]", [1, 1])
+    token, hits = ffi.new("int32_t[]", [7]), ffi.new("uint8_t[]", [0, 1, 1, 0])
+    fields = {"ids": ids, "path": path, "tokens": token, "positions": token, "sequences": token, "hits": hits}
+    step = read_step(ffi.new("fate_step *", {"n_tokens": 1, "n_layers": 2, "k": 2, **fields}))
+    ids[0] = 5
+    for same in (copy.deepcopy(step), replace(step)):
+        assert same.ids.tolist() == [[[1, 2], [3, 4]]]
+        assert (same.path.dtype, same.tokens.tolist(), same.n_tokens) == (np.uint8, [7], 1)
+        assert same.fills.shape == same.evictions.shape == (0, 2)
+        assert same.weights is None
+    assert "positions=array([7]" in repr(step)
+    assert not step.hits.flags.writeable
+    with pytest.raises(AttributeError, match="nothing"):
+        step.nothing  # type: ignore[attr-defined]  # noqa: B018
+    with pytest.raises(FrozenInstanceError):
+        step.ids = step.ids  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("mode", ["table", "callback"])
