@@ -63,10 +63,9 @@ class TestClassifier(PolicyContract):
         return Classifier.of(made)
 
     def test_real_model_fits_the_time_budget(self) -> None:
-        """A score table of 48 layers of 128 experts takes less than 1 ms, and so does taking in a token."""
+        """A score table of 48 layers of 128 experts and taking in a token take less than 1 ms together."""
         spent = cost.table_seconds(cost.untrained([128] * 48, [8] * 48), of=min)
-        assert spent["table"] < 1e-3
-        assert spent["observe"] < 1e-3
+        assert spent["table"] + spent["observe"] < 1e-3
 
 
 def test_golden_counts(fitted: Model, fitted_synthetic: Model) -> None:
