@@ -221,7 +221,7 @@ class Simulation:
     @property
     def resident(self) -> NDArray[np.bool_]:
         """Which experts have a slot now, (n_layers, n_experts)."""
-        return self._state.position >= 0
+        return self._state.resident.copy()
 
     def result(self, expert_bytes: ArrayLike = 0) -> Result:
         """Return the counts up to here."""

@@ -35,7 +35,8 @@ COUNTS = (
 )
 HITS, MISSES, STAGED_USES, BYPASSED, SEEDED, EVICTED, ROWS, ROWS_ALL, ADMITTED = range(9)
 _NOW = np.int64(2**62)
-_NEVER = np.float32(np.inf)
+_MOST = np.int32(2**31 - 1)
+"""Above every key, as `_ordered` gives them."""
 
 
 class Flow(NamedTuple):
@@ -64,20 +65,20 @@ class Rule(NamedTuple):
 class State(NamedTuple):
     """The pool and what the rule remembers, (n_layers, n_experts) unless said otherwise.
 
-    position : int32: where in `resident` an expert lies; -1 = absent
-    resident, n_resident : int32, and int64 (n_layers,): the experts in slots, in no order
+    resident, n_resident : bool, and int64 (n_layers,): which experts are in slots, and how many
+    score : of the step at hand
+    uses, last_token : float64: decayed count, and the token of the last use, counted from 1
     pin : int64: the last op that needed the expert
     clocks : int64 (3 + delay,): uses so far, then those that the scores' maker had seen, then those at the
         start of this step and the steps before
     """
 
-    position: NDArray[np.int32]
-    resident: NDArray[np.int32]
+    resident: NDArray[np.bool_]
     n_resident: NDArray[np.int64]
     score: NDArray[np.float32]
     last_use: NDArray[np.int64]
     uses: NDArray[np.float64]
-    last_token: NDArray[np.int64]
+    last_token: NDArray[np.float64]
     pin: NDArray[np.int64]
     clocks: NDArray[np.int64]
 
@@ -85,13 +86,12 @@ class State(NamedTuple):
     def empty(cls, n_layers: int, n_experts: int, delay: int) -> State:
         shape = (n_layers, n_experts)
         return cls(
-            position=np.full(shape, -1, np.int32),
-            resident=np.zeros(shape, np.int32),
+            resident=np.zeros(shape, np.bool_),
             n_resident=np.zeros(n_layers, np.int64),
             score=np.zeros(shape, np.float32),
             last_use=np.zeros(shape, np.int64),
             uses=np.zeros(shape),
-            last_token=np.zeros(shape, np.int64),
+            last_token=np.zeros(shape),
             pin=np.full(shape, -1, np.int64),
             clocks=np.zeros(3 + delay, np.int64),
         )
@@ -136,29 +136,10 @@ def _first_need(start: int, stop: int, ids: Any, path: Any, layer: int, n_slots:
 
 
 @inlined
-def _key(
-    layer: int,
-    expert: int,
-    used_now: bool,
-    published: Any,
-    token: int,
-    kind: int,
-    bonus: Any,
-    score: Any,
-    last_use: Any,
-    uses: Any,
-    last_token: Any,
-) -> Any:
-    """Return the first part of the key by which an expert stays."""
-    if kind == FREQUENCY:
-        value = np.float32(uses[layer, expert])
-    elif kind == LFRU:
-        value = np.float32(uses[layer, expert] / (token - last_token[layer, expert] + 1))
-    else:
-        value = score[layer, expert]
-    if used_now or (published >= 0 and last_use[layer, expert] > published):
-        value = np.float32(value + bonus[layer])
-    return value
+def _ordered(value: Any) -> Any:
+    """Return a whole number that orders as the float32 does: least numbers are found many at a time."""
+    bits = np.float32(value + np.float32(0)).view(np.int32)  # -0 is 0
+    return bits ^ ((bits >> 31) & _MOST)
 
 
 @inlined
@@ -167,44 +148,63 @@ def _least(
     op: int,
     spare: bool,
     published: Any,
-    token: int,
     kind: int,
     bonus: Any,
     resident: Any,
-    n_resident: Any,
     pin: Any,
     score: Any,
     last_use: Any,
-    uses: Any,
-    last_token: Any,
+    keys: Any,
 ) -> Any:
-    """Return where the least resident of a layer lies, or -1, with its key.
+    """Return the least resident of a layer, or -1, with its key and its age.
 
-    What the op at hand needs is left out, or with `spare` taken as used already.
+    What the op at hand needs is left out, or with `spare` taken as used already. Passes without a branch over
+    all experts take less time than one over the residents that guesses at every comparison.
     """
-    found, key, age, least = -1, _NEVER, _NOW, -1
-    for i in range(n_resident[layer]):
-        expert = resident[layer, i]
+    width = len(keys)
+    key = _MOST
+    for expert in range(width):
         pinned = pin[layer, expert] == op
-        if pinned and not spare:
-            continue
-        if kind == LRU:
-            value = np.float32(0)
-        else:
-            value = _key(
-                layer, expert, pinned, published, token, kind, bonus, score, last_use, uses, last_token
-            )
-            if value > key:
-                continue
-        used = np.int64(0) if kind == OPTIMUM else _NOW if pinned else last_use[layer, expert]
-        if found < 0 or value < key or used < age or (used == age and expert < least):
-            found, key, age, least = i, value, used, expert
-    return found, key, age
+        own = np.int32(0)
+        if kind != LRU:
+            value = score[layer, expert]
+            if pinned or last_use[layer, expert] > published:
+                value += bonus[layer]
+            own = _ordered(value)
+        if not resident[layer, expert] or (pinned and not spare):
+            own = _MOST
+        keys[expert] = own
+        key = min(key, own)
+    if key == _MOST:
+        return -1, key, _NOW
+    age = np.int64(0)
+    if kind != OPTIMUM:
+        age = _NOW
+        for expert in range(width):
+            used = _NOW if pin[layer, expert] == op else last_use[layer, expert]
+            age = min(age, used if keys[expert] == key else _NOW)
+    for expert in range(width):
+        used = _NOW if pin[layer, expert] == op else last_use[layer, expert]
+        if keys[expert] == key and (kind == OPTIMUM or used == age):
+            return expert, key, age
+    return -1, key, age
+
+
+@compiled
+def _score(token: int, kind: int, score: Any, uses: Any, last_token: Any) -> None:
+    """Turn counts into the scores of the step that starts with `token`."""
+    n_layers, width = score.shape
+    for layer in range(n_layers):
+        for expert in range(width):
+            if kind == FREQUENCY:
+                score[layer, expert] = uses[layer, expert]
+            else:
+                score[layer, expert] = uses[layer, expert] / (token - last_token[layer, expert] + 1)
 
 
 @compiled
 def _count_frequencies(start: int, stop: int, flow: Flow, rule: Rule, state: State) -> None:
-    n_layers, width = state.position.shape
+    n_layers, width = state.score.shape
     n = stop - start
     added = np.zeros(width)
     for layer in range(n_layers):
@@ -240,23 +240,6 @@ def _stamp(start: int, stop: int, layer: int, clock: int, ids: Any, last_use: An
     return n_uses
 
 
-@inlined
-def _remove(layer: int, at: int, position: Any, resident: Any, n_resident: Any) -> None:
-    position[layer, resident[layer, at]] = -1
-    n_resident[layer] -= 1
-    last = resident[layer, n_resident[layer]]
-    if at < n_resident[layer]:
-        resident[layer, at] = last
-        position[layer, last] = at
-
-
-@inlined
-def _insert(layer: int, expert: int, position: Any, resident: Any, n_resident: Any) -> None:
-    position[layer, expert] = n_resident[layer]
-    resident[layer, n_resident[layer]] = expert
-    n_resident[layer] += 1
-
-
 @compiled
 def run(
     begin: int,
@@ -276,8 +259,8 @@ def run(
     # Taken apart once: a helper that is given a whole tuple costs more than its work.
     ids, bounds, path, cold, next_use = flow
     decides, whole, optional, slots, k, bonus, _, _ = rule
-    position, resident, n_resident, score, last_use, uses, last_token, pin, clocks = state
-    n_layers, width = position.shape
+    resident, n_resident, score, last_use, uses, last_token, pin, clocks = state
+    n_layers, width = resident.shape
     capacity = slots.sum()
     total = n_resident.sum()
     changing = decides in (FREQUENCY, LFRU, TABLE)
@@ -286,31 +269,35 @@ def run(
     seen = np.full((n_layers, width), -1, np.int64)
     op = 0
     absent = np.empty(width, np.int64)
-    keys = np.empty(width, np.float32)
+    worth = np.empty(width, np.int32)
+    keys = np.empty(width, np.int32)
     # The least resident of each layer, where known: a pool of the whole model has many layers to look at.
     known = np.zeros(n_layers, np.bool_)
-    known_at = np.zeros(n_layers, np.int64)
-    known_key = np.zeros(n_layers, np.float32)
+    known_expert = np.zeros(n_layers, np.int64)
+    known_key = np.zeros(n_layers, np.int32)
     known_age = np.zeros(n_layers, np.int64)
     for step in range(begin, end):
         start, stop = bounds[step], bounds[step + 1]
         if cold[step]:
-            position[:] = -1
+            resident[:] = False
             n_resident[:] = 0
             total = 0
+            known[:] = False
         clocks[3:] = clocks[2:-1].copy()
         clocks[2] = clocks[0]
         if fresh:
             clocks[1] = clocks[-1]
         if decides == TABLE:
             score[:] = tables[step - begin]
+        elif changing:
+            _score(start, decides, score, uses, last_token)
         if changing:
             known[:] = False
         for layer in range(n_layers):
             kinds[layer] = _path_of(start, stop, path, layer)
         for seeding in (False, True):
-            # -1 = nothing can have been used since the publication
-            published = clocks[1] if seeding or len(clocks) > 3 or not fresh else np.int64(-1)
+            # _NOW: nothing can have been used since the publication
+            published = clocks[1] if seeding or len(clocks) > 3 or not fresh else _NOW
             for layer in range(n_layers):
                 kind = kinds[layer]
                 if kind == NOT_RUN or (seeding and kind == POOL):
@@ -330,7 +317,7 @@ def run(
                             if expert < 0:
                                 continue
                             ran = True
-                            if position[layer, expert] < 0 and seen[layer, expert] != op:
+                            if not resident[layer, expert] and seen[layer, expert] != op:
                                 seen[layer, expert] = op
                                 absent[n_absent] = expert
                                 n_absent += 1
@@ -351,83 +338,60 @@ def run(
                     else:
                         counts[layer, HITS] += n_hits
                         counts[layer, MISSES] += n_absent
-                    choosy = optional and not seeding
+                    choosy = optional and not seeding and decides != LRU  # which takes in every miss
+                    # What the op needs is no longer free to go, or worth more.
+                    if choosy or seeding or known_expert[layer] < 0 or pin[layer, known_expert[layer]] == op:
+                        known[layer] = False
                     if choosy:  # the best first
                         for i in range(n_absent):
                             expert = absent[i]
-                            value = _key(
-                                layer,
-                                expert,
-                                True,
-                                published,
-                                start,
-                                decides,
-                                bonus,
-                                score,
-                                last_use,
-                                uses,
-                                last_token,
-                            )
+                            value = _ordered(score[layer, expert] + bonus[layer])
                             j = i
-                            while j > 0 and keys[j - 1] < value:
-                                keys[j], absent[j] = keys[j - 1], absent[j - 1]
+                            while j > 0 and worth[j - 1] < value:
+                                worth[j], absent[j] = worth[j - 1], absent[j - 1]
                                 j -= 1
-                            keys[j], absent[j] = value, expert
+                            worth[j], absent[j] = value, expert
+                    shares_from, shares_to = (0, n_layers) if whole else (layer, layer + 1)
                     for i in range(n_absent):
                         full = total >= capacity if whole else n_resident[layer] >= slots[layer]
                         if full:
-                            at, key, age = _least(
-                                layer,
-                                op,
-                                choosy,
-                                published,
-                                start,
-                                decides,
-                                bonus,
-                                resident,
-                                n_resident,
-                                pin,
-                                score,
-                                last_use,
-                                uses,
-                                last_token,
-                            )
-                            home = layer if at >= 0 else -1
-                            for other in range(n_layers if whole else 0):
-                                if other == layer or n_resident[other] == 0:
-                                    continue
+                            for other in range(shares_from, shares_to):
                                 if not known[other]:
-                                    known_at[other], known_key[other], known_age[other] = _least(
+                                    known_expert[other], known_key[other], known_age[other] = _least(
                                         other,
                                         op,
-                                        False,
+                                        choosy,
                                         published,
-                                        start,
                                         decides,
                                         bonus,
                                         resident,
-                                        n_resident,
                                         pin,
                                         score,
                                         last_use,
-                                        uses,
-                                        last_token,
+                                        keys,
                                     )
                                     known[other] = True
-                                if (
-                                    home < 0
-                                    or known_key[other] < key
-                                    or (known_key[other] == key and known_age[other] < age)
-                                ):
-                                    home, at = other, known_at[other]
-                                    key, age = known_key[other], known_age[other]
-                            if choosy and (keys[i] < key or (keys[i] == key and age == _NOW)):
+                            key, age = _MOST, _NOW
+                            for other in range(shares_from, shares_to):
+                                key = min(key, known_key[other])
+                            for other in range(shares_from, shares_to):
+                                age = min(age, known_age[other] if known_key[other] == key else _NOW)
+                            home = layer  # its own residents go first where the optimum sees no difference
+                            if known_key[home] != key or known_age[home] != age:
+                                home = shares_from
+                            while known_key[home] != key or known_age[home] != age:
+                                home += 1
+                            if choosy and (worth[i] < key or (worth[i] == key and age == _NOW)):
                                 break
-                            _remove(home, at, position, resident, n_resident)
+                            resident[home, known_expert[home]] = False
+                            n_resident[home] -= 1
                             known[home] = False
                             total -= 1
                             counts[home, EVICTED] += 1
-                        _insert(layer, absent[i], position, resident, n_resident)
+                        resident[layer, absent[i]] = True
+                        n_resident[layer] += 1
+                        if choosy:
+                            known[layer] = False
                         total += 1
                         if not seeding:
                             counts[layer, ADMITTED] += 1
