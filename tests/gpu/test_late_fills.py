@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ __all__ = ["build"]  # a fixture
 pytestmark = [pytest.mark.gpu, pytest.mark.model, pytest.mark.native]
 
 CELLS = "test_same_bits_as_resident and lru and (min or 50) and (decode or prompts or mixed)"
+N_CELLS = 12  # with both modes
 
 
 def tool(name: str) -> str:
@@ -43,7 +45,7 @@ def compiled(build: Build, fault: str) -> Path:
 def run(library: Path) -> subprocess.CompletedProcess[str]:
     path = f"{library}:{os.environ.get('LD_LIBRARY_PATH', '')}"
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/gpu/test_exact.py", "--all", "-q", "-k", CELLS],
+        [sys.executable, "-m", "pytest", "tests/gpu/test_exact.py", "--all", "-q", "--tb=short", "-k", CELLS],
         env={**os.environ, "LD_LIBRARY_PATH": path},
         cwd=ROOT,
         capture_output=True,
@@ -55,11 +57,12 @@ def run(library: Path) -> subprocess.CompletedProcess[str]:
 def test_late_copies_change_nothing(build: Build) -> None:
     done = run(compiled(build, "LATE_FILLS"))
     assert done.returncode == 0, done.stdout[-3000:]
-    assert " 6 passed" in done.stdout
+    assert f"{N_CELLS} passed" in done.stdout
 
 
 def test_a_product_that_does_not_wait_is_caught(build: Build) -> None:
     done = run(compiled(build, "NOT_AWAITED"))
     assert done.returncode == 1, done.stdout[-3000:]
-    assert "prompts" in done.stdout
-    assert "rows differ" in done.stdout
+    # decoding waits for nothing of the copy engine's; prompts and what mixes them with it do
+    assert f"{N_CELLS * 2 // 3} failed, {N_CELLS // 3} passed" in done.stdout
+    assert re.search("rows differ|does not hold the bytes", done.stdout)
