@@ -118,35 +118,34 @@ class _Replay:
     def step(self, trace: Trace, start: int, stop: int, path: NDArray[np.uint8]) -> Step:
         ids = trace.experts(start, stop)
         ids[path == NOT_RUN] = -1
-        pooled = path == POOL
-        by_use = ids.transpose(1, 0, 2)[:, :, ::-1]
+        by_use = ids.transpose(1, 0, 2)[:, :, ::-1].reshape(ids.shape[1], -1)
         ran = by_use >= 0
-        hits = (ids >= 0) & pooled[:, :, None]
-        n_rows = pooled.sum(axis=0).tolist()
+        routed = np.count_nonzero(ran, axis=1)
+        wholly = (routed == ran.shape[1]).tolist()
+        missed = np.zeros(ran.shape, np.bool_)
         fills: list[tuple[int, int]] = []
         evictions: list[tuple[int, int]] = []
-        counters = self.counters
-        kinds = path.max(axis=0).tolist()
+        most = path.max(axis=0)
+        kinds = most.tolist()
         for layer, (table, kind) in enumerate(zip(self.tables, kinds, strict=True)):
             if kind == NOT_RUN:
                 continue
-            uses = by_use[layer][ran[layer]]
+            uses = by_use[layer] if wholly[layer] else by_use[layer][ran[layer]]
             if kind == POOL:
-                miss = self._bring(layer, uses, fills, evictions)
-                n_misses = n_short = int(np.count_nonzero(miss))
-                if n_misses:
-                    missed = np.zeros(ran[layer].shape, np.bool_)
-                    missed[ran[layer]] = miss
-                    hits[:, layer, ::-1] &= ~missed
-                    n_short = int(np.count_nonzero(missed.any(axis=1)))
-                counters.misses[layer] += n_misses
-                counters.hits[layer] += len(uses) - n_misses
-                counters.rows[layer] += n_rows[layer]
-                counters.rows_all_resident[layer] += n_rows[layer] - n_short
-            else:
-                (counters.staged if kind == STAGED else counters.bypassed)[layer] += len(uses)
-            counters.routed[layer] += len(uses)
+                missed[layer][ran[layer]] = self._bring(layer, uses, fills, evictions)
             table.use(uses)
+        counters, pooled = self.counters, most == POOL
+        n_misses = np.count_nonzero(missed, axis=1)
+        counters.routed += routed
+        counters.misses += n_misses
+        counters.hits += routed * pooled - n_misses
+        counters.staged += routed * (most == STAGED)
+        counters.bypassed += routed * (most == BYPASS)
+        in_pool = path == POOL
+        by_row = missed.reshape(len(kinds), len(ids), -1)
+        n_rows = np.count_nonzero(in_pool, axis=0) * pooled
+        counters.rows += n_rows
+        counters.rows_all_resident += n_rows - np.count_nonzero(by_row.any(axis=2), axis=1)
         for layer, kind in enumerate(kinds):
             if kind > POOL:
                 last = ids[_first_seed_row(ids, self.geometry, layer) :, layer, ::-1]
@@ -154,6 +153,8 @@ class _Replay:
                 counters.seed_fills[layer] += int(seeded.sum())
         counters.tokens += stop - start
         counters.steps += 1
+        hits = (ids >= 0) & in_pool[:, :, None]
+        hits &= ~by_row.transpose(1, 0, 2)[:, :, ::-1]
         return Step(
             ids=ids,
             path=path,

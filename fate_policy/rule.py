@@ -75,7 +75,8 @@ class LayerTable:
 
     def __init__(self, n_experts: int, n_slots: int) -> None:
         self.slot_of = np.full(n_experts, -1, np.int32)
-        self.expert_of = np.full(n_slots, -1, np.int32)
+        self.expert_of = np.full(n_slots, -1, np.int32)  # filled from the first on, and never emptied
+        self.n_resident = 0
         self.last_use = np.zeros(n_experts, np.int64)
         self.clock = 0
         self.score = np.zeros(n_experts, np.float32)
@@ -96,13 +97,13 @@ class LayerTable:
     def misses(self, uses: NDArray[np.integer]) -> NDArray[np.bool_]:
         """Say for each use whether it is the first use of an absent expert."""
         miss: NDArray[np.bool_] = self.slot_of[uses] < 0
-        if len(uses) == 1 or not miss.any():
-            return miss
-        seen: set[int] = set()
-        for i in miss.nonzero()[0].tolist():
-            expert = int(uses[i])
-            miss[i] = expert not in seen
-            seen.add(expert)
+        absent = uses[miss].tolist()
+        if len(set(absent)) < len(absent):
+            seen: set[int] = set()
+            for i in miss.nonzero()[0].tolist():
+                expert = int(uses[i])
+                miss[i] = expert not in seen
+                seen.add(expert)
         return miss
 
     def bring(
@@ -117,7 +118,7 @@ class LayerTable:
         absent = uses[miss]
         evicted = _NONE
         if len(absent):
-            slots = (self.expert_of < 0).nonzero()[0][: len(absent)]
+            slots = np.arange(self.n_resident, min(self.n_resident + len(absent), len(self.expert_of)))
             n_victims = len(absent) - len(slots)
             if n_victims:
                 pinned = np.zeros(len(self.slot_of), np.bool_)
@@ -125,12 +126,13 @@ class LayerTable:
                 evicted = (ask or self.victims)(n_victims, pinned)
                 slots = np.concatenate((slots, self.slot_of[evicted]))
                 self.slot_of[evicted] = -1
+            self.n_resident += len(absent) - n_victims
             self.expert_of[slots] = absent
             self.slot_of[absent] = slots
         return miss, evicted
 
     def victims(self, n: int, pinned: NDArray[np.bool_]) -> NDArray[np.int32]:
-        resident = self.expert_of[self.expert_of >= 0]
+        resident = self.expert_of[: self.n_resident]
         return pick_victims(
             resident[~pinned[resident]], n, self.score, self.bonus, self.last_use, self.published_at
         )

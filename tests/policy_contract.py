@@ -154,7 +154,7 @@ class PolicyContract:
 
     def test_counts_add_up(self) -> None:
         for mode, sync in (("table", True), ("table", False), ("callback", True)):
-            counters = replay(synthetic_trace(), self.make(), mode=mode, sync=sync)
+            counters = replay(synthetic_trace(160), self.make(), mode=mode, sync=sync)
             assert np.array_equal(
                 counters.routed, counters.hits + counters.misses + counters.staged + counters.bypassed
             )
@@ -168,15 +168,15 @@ class PolicyContract:
 
     def test_callback_mode_decides_as_table_mode_with_sync(self) -> None:
         for refresh in (1, 7):
-            table = replay(synthetic_trace(), self.make(), mode="table", refresh_tokens=refresh)
-            asked = replay(synthetic_trace(), self.make(), mode="callback", refresh_tokens=refresh)
+            table = replay(synthetic_trace(160), self.make(), mode="table", refresh_tokens=refresh)
+            asked = replay(synthetic_trace(160), self.make(), mode="callback", refresh_tokens=refresh)
             assert table == asked
 
     def test_start_forgets(self) -> None:
         policy = self.make()
-        first = replay(synthetic_trace(), policy)
-        assert replay(synthetic_trace(), policy) == first
-        assert replay(synthetic_trace(), self.make()) == first
+        first = replay(synthetic_trace(160), policy)
+        assert replay(synthetic_trace(160), policy) == first
+        assert replay(synthetic_trace(160), self.make()) == first
 
     def test_questions_do_not_change_state(self) -> None:
         asked_often, asked_once = self.make(), self.make()

@@ -29,7 +29,7 @@ TRACES: list[tuple[str, Any]] = [("synthetic", None), ("synthetic", [3, 6, 5]), 
 
 
 def routed(name: str) -> Trace:
-    return synthetic_trace(600) if name == "synthetic" else real_trace().slice(0, 200)
+    return synthetic_trace(600) if name == "synthetic" else real_trace().slice(0, 120)
 
 
 @functools.cache
