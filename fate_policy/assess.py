@@ -16,6 +16,7 @@ from fate_policy.features import TABLE_MB
 from fate_policy.kernels import Routing, simulate, simulate_scores
 from fate_policy.model import AHEAD, Model, Scorer, chance
 from fate_policy.prefetch import simulate_prefetch
+from fate_policy.progress import Bar
 from fate_policy.trace import Trace
 from fate_policy.train import FAR, shape_of, uses
 
@@ -31,11 +32,18 @@ CHUNK = 64
 Tables = dict[str, NDArray[np.float32]]
 
 
-def serve(fitted: Model, trace: Trace, *, learn: bool = True, table_mb: float = TABLE_MB) -> Tables:
+def serve(
+    fitted: Model,
+    trace: Trace,
+    *,
+    learn: bool = True,
+    table_mb: float = TABLE_MB,
+    progress: bool = False,
+) -> Tables:
     """Return what each head says of every token, log-odds (n_tokens, n_layers, n_experts).
 
     Each table is made before its token is routed. learn : keep counting, as a run does; else the counts of
-    the training stay as they are.
+    the training stay as they are. progress : show a bar.
     """
     if shape_of(trace).n_experts.tolist() != fitted.shape.n_experts.tolist():
         raise TraceError("the trace is of a model with other layers or experts than the one fitted")
@@ -47,7 +55,9 @@ def serve(fitted: Model, trace: Trace, *, learn: bool = True, table_mb: float = 
     ids, tokens = trace.experts(), trace.tokens.tolist()
     slow = {name: scorer for name, scorer in scorers.items() if not scorer.is_linear}
     waiting: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
+    bar = Bar(trace.n_tokens, progress)
     for t, sequence in enumerate(trace.sequence.tolist()):
+        bar.show(t)
         state.expect(tokens[t], sequence)
         row, context = state.now()
         squeezed = fitted.squeezed(context)
@@ -62,6 +72,7 @@ def serve(fitted: Model, trace: Trace, *, learn: bool = True, table_mb: float = 
                     tables[name][t + 1 - len(waiting) : t + 1] = scorer.many(rows, contexts)
                 waiting.clear()
         state.observe(ids[t], tokens[t], sequence)
+    bar.clear()
     return tables
 
 
@@ -217,9 +228,10 @@ def assess(
     learn: bool = True,
     shares: Sequence[float] = SHARES,
     table_mb: float = TABLE_MB,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Return everything measured on one trace, plain values for JSON."""
-    tables = serve(fitted, trace, learn=learn, table_mb=table_mb)
+    tables = serve(fitted, trace, learn=learn, table_mb=table_mb, progress=progress)
     return {
         "tokens": trace.n_tokens,
         "prompts": len(trace.prompt_start),

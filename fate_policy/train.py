@@ -16,6 +16,7 @@ from fate_policy.decisions import reaches
 from fate_policy.errors import FateError, TraceError
 from fate_policy.features import Features, Shape
 from fate_policy.model import AHEAD, AHEAD_LAYERS, INPUTS, TARGETS, Head, Model
+from fate_policy.progress import Bar
 from fate_policy.trace import Trace
 
 Say = Callable[[str], None]
@@ -62,8 +63,13 @@ def split(trace: Trace, share: float = 0.5) -> tuple[Trace, Trace]:
     return trace.slice(0, cut), trace.slice(cut, trace.n_tokens)
 
 
-def fit(traces: Sequence[Trace], options: Options | None = None, say: Say = lambda text: None) -> Model:
-    """Return the model fitted on all of these traces."""
+def fit(
+    traces: Sequence[Trace],
+    options: Options | None = None,
+    say: Say = lambda text: None,
+    progress: bool = False,
+) -> Model:
+    """Return the model fitted on all of these traces. progress : show a bar for each part of the work."""
     options = options or Options()
     shape = shape_of(traces[0])
     if any(shape_of(trace).n_experts.tolist() != shape.n_experts.tolist() for trace in traces):
@@ -72,7 +78,7 @@ def fit(traces: Sequence[Trace], options: Options | None = None, say: Say = lamb
         raise TraceError(f"the traces to train on name tokens differently: by {' and by '.join(names)}")
     basis, center = _basis(traces, shape, options.rank_basis)
     say("features")
-    seen = _follow(traces, shape, basis, center, options)
+    seen = _follow(traces, shape, basis, center, options, progress)
     say("context")
     fitted = Model(
         shape=shape,
@@ -90,7 +96,7 @@ def fit(traces: Sequence[Trace], options: Options | None = None, say: Say = lamb
     questions += [(kind, window, share) for share, window in options.heads for kind in ("keep", "late")]
     for kind, window, share in questions:
         say(f"{kind} {window}")
-        heads.append(_fit_head(fitted, seen, predicted, kind, window, share, options))
+        heads.append(_fit_head(fitted, seen, predicted, kind, window, share, options, progress))
     fitted = replace(fitted, heads=heads)
     say("layers ahead")
     return replace(
@@ -183,6 +189,7 @@ def _follow(
     basis: NDArray[np.float32],
     center: NDArray[np.float32],
     options: Options,
+    progress: bool,
 ) -> _Seen:
     state = Features(shape, basis, center)
     n_tokens = sum(trace.n_tokens for trace in traces)
@@ -196,13 +203,16 @@ def _follow(
     rows = np.zeros((len(sampled), shape.table[0], len(features.NAMES), shape.table[1]), np.float16)
     due = iter([*sampled.tolist(), n_tokens])
     n, token_due = 0, next(due)
+    bar = Bar(n_tokens, progress)
     for t in range(n_tokens):
+        bar.show(t)
         state.expect(int(tokens[t]), int(prompt[t]))
         row, contexts[t] = state.now()
         if t == token_due:
             rows[n] = row
             n, token_due = n + 1, next(due)
         state.observe(ids[t], int(tokens[t]), int(prompt[t]))
+    bar.clear()
     return _Seen(
         contexts=contexts,
         prompt=np.unique(prompt, return_inverse=True)[1],
@@ -317,6 +327,7 @@ def _fit_head(
     window: int,
     share: float,
     options: Options,
+    progress: bool,
 ) -> Head:
     n_layers, n_experts = fitted.shape.table
     here, following = seen.used(seen.sampled), seen.used(seen.sampled + 1)
@@ -334,7 +345,9 @@ def _fit_head(
     intercept = np.zeros(n_layers, np.float32)
     bonus = np.zeros(n_layers, np.float32)
     rng = np.random.default_rng(options.seed)
+    bar = Bar(n_layers, progress)
     for layer in range(n_layers):
+        bar.show(layer)
         n_real = int(fitted.shape.n_experts[layer])
         token, expert = np.nonzero(ask[:, layer, :n_real])
         if len(token) > options.max_rows:
@@ -361,6 +374,7 @@ def _fit_head(
         intercept[layer] = linear[-1]
         if kind == "late":
             bonus[layer] = linear[len(INPUTS)]
+    bar.clear()
     return Head(kind, window, share, coef, intercept, bonus, estimators or None)
 
 

@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     def say(text: str) -> None:
         print(f"{time.perf_counter() - began:6.1f} s  {text}", file=sys.stderr, flush=True)
 
+    shown = sys.stderr.isatty()
     target = args.report or args.output.with_suffix(".json")
     for written in (args.output, target):
         checks.target("model" if written is args.output else "report", written)
@@ -102,11 +103,11 @@ def run(args: argparse.Namespace) -> int:
     first = max(fitting.values(), key=lambda part: len(part.prompt_start))
     if not args.quick and args.estimator is None and len(first.prompt_start) >= LEAST_PROMPTS:
         say("windows and thresholds, inside the training prompts")
-        options, thresholds = tune.tune(first, options, lambda text: None)
+        options, thresholds = tune.tune(first, options, lambda text: None, shown)
     prompts = sum(len(part.prompt_start) for part in fitting.values())
     n_tokens = sum(part.n_tokens for part in fitting.values())
     say(f"fit on {prompts} prompts, {n_tokens} tokens")
-    fitted = train.fit(list(fitting.values()), options, say)
+    fitted = train.fit(list(fitting.values()), options, say, shown)
     fitted = replace(fitted, meta={**fitted.meta, "prefetch": thresholds})
     half_lives = assess.best_half_lives(list(fitting.values()))
     report: dict[str, Any] = {
@@ -119,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         "tests": {},
     }
     shares = (0.25, 0.5) if args.quick else assess.SHARES
-    form: dict[str, Any] = {"shares": shares, "table_mb": args.table_mb}
+    form: dict[str, Any] = {"shares": shares, "table_mb": args.table_mb, "progress": shown}
     for name, (test, path) in tests.items():
         say(f"test on {name}")
         report["tests"][name] = assess.assess(fitted, test, half_lives, **form)
@@ -137,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
             "sklearn.ensemble:HistGradientBoostingClassifier",
             "sklearn.neural_network:MLPClassifier",
         ]
-        report["estimators"] = _compare(first, next(iter(tests.values()))[0], options, names, say)
+        report["estimators"] = _compare(first, next(iter(tests.values()))[0], options, names, say, shown)
     held_out = {
         name: [
             {key: row[key] for key in ("share", "lru", "optimum", "sync", "delayed")}
@@ -203,7 +204,9 @@ def _without_repetitive(test: Trace, path: Path) -> Trace | None:
     return assess.of_prompts(test, (flags[first : first + len(test.prompt_start)] & REPETITIVE) == 0)
 
 
-def _compare(first: Trace, second: Trace, options: train.Options, names: list[str], say: Any) -> Any:
+def _compare(
+    first: Trace, second: Trace, options: train.Options, names: list[str], say: Any, shown: bool
+) -> Any:
     """Fit each estimator on few tokens and test it on few, all alike."""
     first, second = _first_prompts(first, QUICK_TOKENS), _first_prompts(second, QUICK_TEST_TOKENS // 4)
     rows = {}
@@ -212,9 +215,11 @@ def _compare(first: Trace, second: Trace, options: train.Options, names: list[st
     for name in ("linear", *names):
         say(f"estimator {name}")
         began = time.perf_counter()
-        fitted = train.fit([first], replace(few, estimator=None if name == "linear" else name))
+        fitted = train.fit(
+            [first], replace(few, estimator=None if name == "linear" else name), progress=shown
+        )
         spent = time.perf_counter() - began
-        tables = assess.serve(fitted, second)
+        tables = assess.serve(fitted, second, progress=shown)
         per_table = cost.table_seconds(fitted, 10)["table"]
         row = assess.evictions(fitted, second, tables, half_lives, (0.25,))[0]
         found = assess.predictions(fitted, second, tables)

@@ -17,7 +17,7 @@ HELD_OUT = 1 / 3
 
 
 def tune(
-    trace: Trace, options: train.Options, say: Callable[[str], None]
+    trace: Trace, options: train.Options, say: Callable[[str], None], progress: bool = False
 ) -> tuple[train.Options, dict[str, float]]:
     """Fit on the first two thirds of the prompts, choose on the last third.
 
@@ -28,8 +28,8 @@ def tune(
     given = {share: (0,) for share, window in options.heads if window == 0}
     choices = {**WINDOWS, **given}
     grid = tuple((share, window) for share, windows in choices.items() for window in windows)
-    fitted = train.fit([fitting], replace(options, heads=grid, estimator=None), say)
-    tables = assess.serve(fitted, judging)
+    fitted = train.fit([fitting], replace(options, heads=grid, estimator=None), say, progress)
+    tables = assess.serve(fitted, judging, progress=progress)
     routing = Routing.of_trace(judging)
     hits: dict[tuple[float, int], float] = {}
     for head in fitted.heads[1:]:

@@ -51,6 +51,21 @@ def test_fitting_twice_gives_the_same() -> None:
     assert [head.name for head in one.heads] == ["now", "keep 0.25/4", "late 0.25/4"]
 
 
+def test_bars_move_over_tokens_and_layers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fate_policy.progress.SECONDS", 0)
+    fitted = train.fit([synthetic_trace()], SMALL, progress=True)
+    assess.serve(fitted, synthetic_trace(52), progress=True)
+    shown = [
+        part.split("]")[1].split(",")[0].strip()
+        for part in capsys.readouterr().err.split("\r")
+        if "]" in part
+    ]
+    layers = [f"{layer}/3" for layer in range(3)]
+    assert shown == [f"{t}/400" for t in range(400)] + layers * 3 + [f"{t}/52" for t in range(52)]
+
+
 def test_the_label_may_be_the_optimums_choice() -> None:
     fitted = train.fit([synthetic_trace()], replace(SMALL, heads=((0.25, 0),)))
     assert [head.name for head in fitted.heads] == ["now", "keep 0.25/optimum", "late 0.25/optimum"]
