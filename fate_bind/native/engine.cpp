@@ -263,11 +263,11 @@ void fate_engine::open_routers() {
         if (!routing_ || b->k > routing_->k) {
             continue;
         }
-        const auto at = std::find(devs.begin(), devs.end(), b->dev);
+        const auto at = std::find(devs.begin(), devs.end(), b->route_dev);
         b->router     = at == devs.end() ? nullptr : routers_[at - devs.begin()].get();
         if (!b->router) {
-            devs.push_back(b->dev);
-            routers_.push_back(fate_router_open(b->dev, routing_));
+            devs.push_back(b->route_dev);
+            routers_.push_back(fate_router_open(b->route_dev, routing_));
             b->router          = routers_.back().get();
             b->is_first_routed = true;
         }

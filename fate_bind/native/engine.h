@@ -87,9 +87,10 @@ private:
         int32_t                     k;
         std::string                 refused;                   // why it cannot be served, "" if it can
         ggml_backend_dev_t          dev;                       // that runs the layer, null: the CPU
-        int32_t                     n_slots  = 0;              // 0: not engaged
-        bool                        is_whole = false;          // every expert is on the GPU
-        int32_t                     max_rows = INT32_MAX;      // of the pool path
+        ggml_backend_dev_t          route_dev = nullptr;       // where its routing is replayed: where its router is
+        int32_t                     n_slots   = 0;             // 0: not engaged
+        bool                        is_whole  = false;         // every expert is on the GPU
+        int32_t                     max_rows  = INT32_MAX;     // of the pool path
         std::unique_ptr<fate_layer> layer;                     // engaged on the CPU
         fate_device *               device          = nullptr; // engaged on a GPU
         size_t                      at              = 0;       // its place there

@@ -94,6 +94,9 @@ void fate_engine::find(llama_moe_args & args) {
     b->k         = static_cast<int32_t>(args.ids->ne[0]);
     b->refused   = refuse(args);
     b->dev       = device_of(args);
+    if (b->dev && args.gate_inp && args.gate_inp->buffer && !ggml_backend_buffer_is_host(args.gate_inp->buffer)) {
+        b->route_dev = b->dev;
+    }
     for (const ggml_tensor * weights : { args.up, args.gate, args.down, args.gate_up }) {
         if (weights && b->dev && b->refused.empty()) {
             b->max_rows = std::min(b->max_rows, fate_device_max_rows(b->dev, weights->type));
@@ -203,7 +206,7 @@ void fate_engine::replay(ggml_context * ctx0, block & b, llama_moe_args & args) 
     if (!b.router) {
         return;
     }
-    ggml_tensor * anchor = b.dev ? args.gate_inp : nullptr;
+    ggml_tensor * anchor = b.route_dev ? args.gate_inp : nullptr;
     args.ids             = add_op(ctx0, args.ids->ne[0], args.ids->ne[1], args.ids, anchor, nullptr, b.route_op);
     ggml_format_name(args.ids, "fate_routed-%d", args.il);
 }
