@@ -71,6 +71,7 @@ class Host:
             overrides(first, name) for name in _EVENTS_AND_QUESTIONS
         )
         self._expects = overrides(first, "expect")
+        self._weighs = record is not None or first.wants_weights
         self._is_configured = False
         callbacks.install(library.load())
         self._handle = library.load().ffi.new_handle(self)
@@ -88,6 +89,7 @@ class Host:
         config.scores = not self.is_silent
         config.expects = self._expects
         config.record = self.record is not None
+        config.weights = self._weighs
         config.miss_timeout_seconds = self.config.miss_timeout_seconds
         config.no_page_lock = not self.config.page_lock
         config.require = self.require

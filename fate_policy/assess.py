@@ -48,6 +48,7 @@ def serve(
     if shape_of(trace).n_experts.tolist() != fitted.shape.n_experts.tolist():
         raise TraceError("the trace is of a model with other layers or experts than the one fitted")
     fitted.check_names(trace.token_names)
+    fitted.check_weights(trace.weights is not None)
     state = fitted.features(table_mb=table_mb)
     state.learning = learn
     scorers = {head.name: Scorer(fitted, head) for head in fitted.heads}
@@ -71,7 +72,7 @@ def serve(
                 for name, scorer in slow.items():
                     tables[name][t + 1 - len(waiting) : t + 1] = scorer.many(rows, contexts)
                 waiting.clear()
-        state.observe(ids[t], tokens[t], sequence)
+        state.observe(ids[t], tokens[t], sequence, None if trace.weights is None else trace.weights[t])
     bar.clear()
     return tables
 

@@ -20,6 +20,7 @@ class Geometry:
     """The mixture-of-experts layers of a model, and their slots. Arrays of shape (n_layers,).
 
     token_names : what tokens are named by: "id", "crc32" of their text, or "none"; the engine tells ids
+    tells_weights : steps tell router weights to a policy that wants them; the engine does
     """
 
     n_experts: NDArray[np.int32]
@@ -27,6 +28,7 @@ class Geometry:
     n_slots: NDArray[np.int32]
     expert_bytes: NDArray[np.int64]
     token_names: str = "id"
+    tells_weights: bool = True
 
     @property
     def n_layers(self) -> int:
@@ -47,7 +49,7 @@ class Step:
 
     ids : int32 (n_tokens, n_layers, max_k), best first; -1 where the layer did not run or has a smaller k
     path : uint8 (n_tokens, n_layers): NOT_RUN, POOL, STAGED or BYPASS
-    weights : router weights, shaped like `ids`, or None
+    weights : router weights, shaped like `ids`, 0 where unknown; None if not wanted, nor recorded
     tokens, positions, sequences : int32 (n_tokens,); token -1 = unknown
     hits : uint8 like `ids`: 1 = hit in the pool
     fills, evictions : int32 (n, 2), rows (layer, expert) in order
@@ -101,6 +103,11 @@ class Policy:
     """
 
     replay_only: ClassVar[bool] = False
+
+    @property
+    def wants_weights(self) -> bool:
+        """Whether steps must tell router weights, which is asked before a context is opened."""
+        return False
 
     def start(self, geometry: Geometry) -> None:
         """Event: a context was opened or reset. Forget everything, load files, make arrays."""

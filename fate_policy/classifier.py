@@ -40,10 +40,17 @@ class Classifier(Policy):
         policy._loaded = fitted
         return policy
 
-    def start(self, geometry: Geometry) -> None:
+    @property
+    def wants_weights(self) -> bool:
+        return self._fitted().weights
+
+    def _fitted(self) -> Model:
         if self._loaded is None:
             self._loaded = model.load(self.model)
-        fitted = self._loaded
+        return self._loaded
+
+    def start(self, geometry: Geometry) -> None:
+        fitted = self._fitted()
         for what in ("n_experts", "k"):
             own, asked = getattr(fitted.shape, what).tolist(), getattr(geometry, what).tolist()
             if own != asked:
@@ -51,6 +58,7 @@ class Classifier(Policy):
                     f"model: {self.model} was fitted for {what} {own}, and this model has {asked}"
                 )
         fitted.check_names(geometry.token_names)
+        fitted.check_weights(geometry.tells_weights)
         share = float(geometry.n_slots.sum() / max(1, geometry.n_experts.sum()))
         self._heads = {kind: fitted.head(kind, share) for kind in ("now", "keep", "late")}
         self._scorers = {kind: Scorer(fitted, head) for kind, head in self._heads.items()}
@@ -70,7 +78,7 @@ class Classifier(Policy):
                 if (token, sequence) != self._expected or step.n_tokens > 1:
                     self._prepare(token, sequence)
                 self._last_ids = ids
-            self._state.observe(ids, token, sequence)
+            self._state.observe(ids, token, sequence, None if step.weights is None else step.weights[i])
         self._expected, self._is_over, self._table = None, True, None
 
     def expect(self, token: int, sequence: int) -> None:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fate_policy.features import N_CONTEXTS, NAMES, Shape
-from fate_policy.model import AHEAD, TARGETS, Head, Model, Scorer
+from fate_policy.features import N_CONTEXTS, Shape
+from fate_policy.model import AHEAD, TARGETS, Head, Model, Scorer, inputs
 from fate_policy.train import Options
 
 
-def untrained(n_experts: Sequence[int], k: Sequence[int], seed: int = 0) -> Model:
+def untrained(n_experts: Sequence[int], k: Sequence[int], seed: int = 0, weights: bool = False) -> Model:
     """Return a model of this geometry with random coefficients and the default ranks, to time."""
     rng = np.random.default_rng(seed)
     shape = Shape(np.array(n_experts, np.int32), np.array(k, np.int32))
@@ -31,7 +31,7 @@ def untrained(n_experts: Sequence[int], k: Sequence[int], seed: int = 0) -> Mode
             kind,
             4,
             0.25,
-            numbers(len(k), len(NAMES) + len(TARGETS)),
+            numbers(len(k), len(inputs(weights))),
             numbers(len(k)),
             np.abs(numbers(len(k))),
         )
@@ -46,6 +46,7 @@ def untrained(n_experts: Sequence[int], k: Sequence[int], seed: int = 0) -> Mode
         mean=numbers(len(TARGETS), n),
         heads=heads,
         ahead=np.zeros((AHEAD, 0, 0, 0), np.float32),
+        weights=weights,
     )
 
 
@@ -61,6 +62,7 @@ def table_seconds(
     scorer = Scorer(fitted, fitted.head("keep", 0.25))
     n_layers, n_experts = fitted.shape.table
     k = int(fitted.shape.k.max())
+    weights = np.full((n_layers, k), 1 / k, np.float32)
     tables, events = [], []
     for t in range(n_tokens):
         ids = np.argsort(rng.random((n_layers, n_experts)), axis=1)[:, :k].astype(np.int32)
@@ -69,7 +71,7 @@ def table_seconds(
         row, context = state.now()
         scorer(row, fitted.squeezed(context))
         middle = time.perf_counter()
-        state.observe(ids, t % 20, 0)
+        state.observe(ids, t % 20, 0, weights)
         tables.append(middle - start)
         events.append(time.perf_counter() - middle)
     return {"table": of(tables), "observe": of(events)}

@@ -35,6 +35,12 @@ token, pair: how often it was used at, or in the `LATER` tokens after, earlier o
 of this token after the one before it; rare ones back off to the token and to the rates.
 repeat: whether it was used at, or after, the last occurrence of the longest context that was seen before.
 """
+WEIGHT_HALF_LIVES = (1, 4, 16, 64)
+WEIGHT_NAMES = (
+    *(f"weight_{n}" for n in WEIGHT_HALF_LIVES),
+    *(f"log_weight_{n}" for n in WEIGHT_HALF_LIVES),
+)
+"""weight: decayed mean of the expert's router weight, 0 where not chosen, by half-life in tokens."""
 CONTEXT_HALF_LIVES = (3.0, 12.0)
 N_CONTEXTS = 5 + len(CONTEXT_HALF_LIVES)
 
@@ -48,6 +54,11 @@ MAX_HISTORY, HISTORY_SHARE = 65536, 0.25
 KEY_BYTES = 256
 """What Python keeps for the key of a table's row, at most."""
 UNKNOWN = -1
+
+
+def names(weights: bool) -> tuple[str, ...]:
+    """Return the features in their order, those of router weights last."""
+    return (*NAMES, *WEIGHT_NAMES) if weights else NAMES
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,6 +206,8 @@ class Features:
     table_mb
         Memory in MiB of all that grows: at most a quarter for the history, up to `MAX_HISTORY` tokens, in
         which repeated contexts are looked for; the rest in halves for the tables of tokens and of pairs.
+    weights
+        Have the features of router weights too; `observe` is then told them.
     """
 
     def __init__(
@@ -204,8 +217,10 @@ class Features:
         center: NDArray[np.float32],
         *,
         table_mb: float = TABLE_MB,
+        weights: bool = False,
     ) -> None:
         self.shape = shape
+        self.weights = weights
         self.learning = True
         n_layers, n_experts = shape.table
         self._size = n_layers * n_experts
@@ -218,6 +233,9 @@ class Features:
         self._keep = 2.0 ** (-1 / np.array(HALF_LIVES, np.float32))[:, None, None]
         self._gain = 1 - self._keep
         self._all = np.empty_like(self._rates)
+        even_weights = self._even / shape.k[:, None]
+        self._weights = np.repeat(even_weights[None], len(WEIGHT_HALF_LIVES) if weights else 0, axis=0)
+        self._weight_keep = 2.0 ** (-1 / np.array(WEIGHT_HALF_LIVES, np.float32))[:, None, None]
         self._age = np.full((n_layers, n_experts), MAX_AGE, np.float32)
         width = n_layers * int(shape.k.max(initial=1))
         place = np.uint16 if self._size < 2**16 else np.int32
@@ -242,8 +260,8 @@ class Features:
         self._seen = [Contexts(n_history) for _ in NGRAMS]
         self._sequences: dict[int, _Sequence] = {}
         self._offset = (np.arange(n_layers) * n_experts)[:, None]
-        self._row = np.zeros((n_layers, len(NAMES), n_experts), np.float32)
-        self._repeats = False  # the row's last features are not 0
+        self._row = np.zeros((n_layers, len(names(weights)), n_experts), np.float32)
+        self._repeats = False  # the row's features of repeats are not 0
         steps = np.arange(FOLLOW)
         self._soon = ((1 - FOLLOW_SOON) * FOLLOW_SOON**steps).astype(np.float32)
         self._later = ((1 - FOLLOW_LATER) * FOLLOW_LATER**steps).astype(np.float32)
@@ -315,11 +333,17 @@ class Features:
             context[:2] = sums / (self.tokens.n[at] + 2)[:, None]
         context[2] = self._last
         context[5:] = self._contexts
+        repeat = row[:, 2 * h + 5 : len(NAMES)]
         if self._repeats:
-            row[:, 2 * h + 5 :] = 0
+            repeat[:] = 0
         self._repeats = self._match >= 0
         if self._repeats:
-            self._repeat(row[:, 2 * h + 5 :], context[3:5])
+            self._repeat(repeat, context[3:5])
+        if self.weights:
+            w = len(WEIGHT_HALF_LIVES)
+            by_weight = row[:, len(NAMES) :]
+            by_weight[:, :w] = self._weights.transpose(1, 0, 2)
+            np.log(by_weight[:, :w] + np.float32(0.01), out=by_weight[:, w:])
         return row, context.ravel()
 
     @staticmethod
@@ -367,8 +391,24 @@ class Features:
             found.append(position)
         return found
 
-    def observe(self, ids: NDArray[np.int32], token: int, sequence: int) -> None:
-        """Take in the routing of one token, int32 (n_layers, k), -1 = not run."""
+    def observe(
+        self,
+        ids: NDArray[np.int32],
+        token: int,
+        sequence: int,
+        weights: NDArray[np.floating[Any]] | None = None,
+    ) -> None:
+        """Take in the routing of one token, int32 (n_layers, k), -1 = not run.
+
+        weights : the router's, like ids; needed by the features that were asked for. They count in half
+            precision, which is how a trace keeps them, so that a run and its replay decide alike.
+        """
+        if self.weights:
+            if weights is None:
+                raise checks.bad_value(
+                    "weights", None, "the router weights of the token, to make features of"
+                )
+            self._weigh(ids, weights)
         if (token, sequence) != (self._token, self._sequence):
             self.expect(token, sequence)
         flat = (ids + self._offset).ravel()
@@ -395,6 +435,12 @@ class Features:
             self._learn(here, flat, used, total)
         here.tokens.append(token)
         self.expect(UNKNOWN, sequence)
+
+    def _weigh(self, ids: NDArray[np.int32], weights: NDArray[np.floating[Any]]) -> None:
+        now = np.zeros(self._size + 1, np.float32)
+        now[np.where(ids >= 0, ids + self._offset, self._size)] = weights.astype(np.float16)
+        self._weights *= self._weight_keep
+        self._weights += (1 - self._weight_keep) * now[:-1].reshape(self._even.shape)
 
     def _learn(
         self,

@@ -21,12 +21,16 @@ from fate_policy.features import TABLE_MB, Features, Shape
 FORMAT, VERSION = "fate-classifier", 1
 TARGETS = ("context_now", "context_soon", "context_after")
 """What the context vector predicts for each expert: use at this token, soon after it, soon after the next."""
-INPUTS = (*features.NAMES, *TARGETS)
 AHEAD = 2
 AHEAD_LAYERS = 4
 UNTHREADED, WHOLE = 9216, 16
 """OpenBLAS multiplies a vector by a matrix of fewer elements on the thread that asks; waking others takes
 longer than the product. Pieces of a multiple of 16 columns give the bits of the whole."""
+
+
+def inputs(weights: bool) -> tuple[str, ...]:
+    """Return what a head takes, with or without the features of router weights."""
+    return (*features.names(weights), *TARGETS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +67,7 @@ class Model:
     ahead : float32 (AHEAD, n_layers, AHEAD_LAYERS * n_experts, n_experts): what the experts chosen in layers
         before add to the chance of this layer's
     tables : keys, counts and sums of `Features.tokens` and of `Features.pairs`
+    weights : it was fitted on router weights too, and needs them
     """
 
     shape: Shape
@@ -75,6 +80,19 @@ class Model:
     ahead: NDArray[np.float32]
     tables: tuple[tuple[list[Any], NDArray[np.float32], NDArray[np.float16]], ...] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
+    weights: bool = False
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return inputs(self.weights)
+
+    def check_weights(self, known: bool) -> None:
+        """Raise `PolicyConfigError` if it needs router weights and they are not known."""
+        if self.weights and not known:
+            raise PolicyConfigError(
+                "model: it was fitted with router weights, and this trace holds none; record one with "
+                "`fate run --fate-record`, or fit without --weights"
+            )
 
     def check_names(self, token_names: str) -> None:
         """Raise `PolicyConfigError` if tokens are named by something else than in training."""
@@ -87,7 +105,7 @@ class Model:
 
     def features(self, *, table_mb: float = TABLE_MB) -> Features:
         """Return the features' state as it was when training ended."""
-        state = Features(self.shape, self.basis, self.center, table_mb=table_mb)
+        state = Features(self.shape, self.basis, self.center, table_mb=table_mb, weights=self.weights)
         for table, saved in zip((state.tokens, state.pairs), self.tables, strict=False):
             table.restore(*saved)
         return state
@@ -131,7 +149,8 @@ class Model:
         for name, (keys, n, sums) in zip(("tokens", "pairs"), self.tables, strict=False):
             arrays |= {f"{name}_keys": np.array(keys, np.int64), f"{name}_n": n, f"{name}_sums": sums}
         heads = [{"kind": head.kind, "window": head.window, "share": head.share} for head in self.heads]
-        meta = {"format": FORMAT, "version": VERSION, "inputs": INPUTS, **self.meta, "heads": heads}
+        about = {"format": FORMAT, "version": VERSION, "weights": self.weights, "inputs": self.inputs}
+        meta = {**about, **self.meta, "heads": heads}
         arrays["meta"] = np.array(json.dumps(meta))
         with Path(path).open("wb") as file:
             np.savez_compressed(file, **arrays)
@@ -151,7 +170,8 @@ def load(path: str | Path) -> Model:
         meta = json.loads(str(arrays["meta"]))
         if meta["format"] != FORMAT or meta["version"] != VERSION:
             raise fail(f"is {meta['format']!r} version {meta['version']!r}, not {FORMAT!r} {VERSION}")
-        checked: list[tuple[str, Any, Any]] = [("features", meta["inputs"], list(INPUTS))]
+        weights = bool(meta.get("weights", False))
+        checked: list[tuple[str, Any, Any]] = [("features", meta["inputs"], list(inputs(weights)))]
         if any(name.endswith("_estimators") for name in arrays):  # coefficients are read without it
             checked.append(("scikit-learn", meta["sklearn"], version("scikit-learn")))
         for what, found, expected in checked:
@@ -178,6 +198,7 @@ def load(path: str | Path) -> Model:
             heads=heads,
             tables=tables,
             meta=meta,
+            weights=weights,
         )
     except FileNotFoundError:
         raise fail("does not exist") from None
@@ -220,7 +241,7 @@ class Scorer:
     def __init__(self, model: Model, head: Head) -> None:
         n_layers, n_experts = model.shape.table
         self._model, self._head = model, head
-        n = len(features.NAMES)
+        n = len(features.names(model.weights))
         self._weights = np.ascontiguousarray(head.coef[:, None, :n])
         per_target = np.repeat(head.coef[:, n:].T, n_experts, axis=1)  # (n_targets, n_layers * n_experts)
         self._fold = in_pieces(np.einsum("rtp,tp->rp", model.spread, per_target))
@@ -245,11 +266,11 @@ class Scorer:
         """Return log-odds (n, n_layers, n_experts) of `n` tokens; estimators are slow one by one."""
         if self._head.estimators is None:
             return np.array([self(row, part) for row, part in zip(rows, squeezed, strict=True)])
-        inputs = all_inputs(self._model, rows, squeezed)
-        n, n_layers, n_inputs, n_experts = inputs.shape
+        given = all_inputs(self._model, rows, squeezed)
+        n, n_layers, n_inputs, n_experts = given.shape
         chances = np.empty((n, n_layers, n_experts), np.float32)
         for layer, fitted in enumerate(self._head.estimators):
-            flat = inputs[:, layer].transpose(0, 2, 1).reshape(-1, n_inputs)
+            flat = given[:, layer].transpose(0, 2, 1).reshape(-1, n_inputs)
             chances[:, layer] = fitted.predict_proba(flat)[:, 1].reshape(n, n_experts)
         return log_odds(chances)
 
@@ -275,11 +296,11 @@ def in_pieces(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
 def ahead_inputs(surprise: NDArray[np.float32], layer: int, distance: int) -> NDArray[np.float32]:
     """Return the surprises (n, AHEAD_LAYERS * n_experts) of the layers known `distance` before `layer`."""
     n, _, n_experts = surprise.shape
-    inputs = np.zeros((n, AHEAD_LAYERS, n_experts), np.float32)
+    known = np.zeros((n, AHEAD_LAYERS, n_experts), np.float32)
     for i, source in enumerate(range(layer - distance, layer - distance - AHEAD_LAYERS, -1)):
         if source >= 0:
-            inputs[:, i] = surprise[:, source]
-    return inputs.reshape(n, -1)
+            known[:, i] = surprise[:, source]
+    return known.reshape(n, -1)
 
 
 def log_odds(chance: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -94,6 +94,7 @@ def geometry_of(trace: Trace, n_slots: Any = None) -> Geometry:
         n_slots=slots,
         expert_bytes=expert_bytes,
         token_names=trace.token_names,
+        tells_weights=trace.weights is not None,
     )
 
 

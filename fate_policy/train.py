@@ -15,11 +15,15 @@ from fate_policy import features, model
 from fate_policy.decisions import reaches
 from fate_policy.errors import FateError, TraceError
 from fate_policy.features import Features, Shape
-from fate_policy.model import AHEAD, AHEAD_LAYERS, INPUTS, TARGETS, Head, Model
+from fate_policy.model import AHEAD, AHEAD_LAYERS, TARGETS, Head, Model
 from fate_policy.progress import Bar
 from fate_policy.trace import Trace
 
 Say = Callable[[str], None]
+NO_WEIGHTS = (
+    "weights: a trace to fit on holds no router weights; record one with `fate run --fate-record`, "
+    "or fit without --weights"
+)
 FAR = 255
 """The distance of uses that are farther away, or never come."""
 
@@ -37,6 +41,7 @@ class Options:
     rank_basis, rank : length of a token's summary, and of the squeezed context
     ridge : penalty of the context's regression, in mean squares of its inputs
     penalty : C of the logistic regression
+    weights : take the router's weights as features too; every trace must hold them
     estimator : "module:Class" of a scikit-learn classifier with predict_proba, instead of the linear one
     """
 
@@ -49,6 +54,7 @@ class Options:
     penalty: float = 1.0
     n_folds: int = 3
     seed: int = 0
+    weights: bool = False
     estimator: str | None = None
     table_minimum: int = 2
 
@@ -76,6 +82,8 @@ def fit(
         raise TraceError("the traces to train on are of models with different layers or experts")
     if len(names := sorted({trace.token_names for trace in traces})) > 1:
         raise TraceError(f"the traces to train on name tokens differently: by {' and by '.join(names)}")
+    if options.weights and any(trace.weights is None for trace in traces):
+        raise TraceError(NO_WEIGHTS)
     basis, center = _basis(traces, shape, options.rank_basis)
     say("features")
     seen = _follow(traces, shape, basis, center, options, progress)
@@ -89,6 +97,7 @@ def fit(
         mean=np.zeros((len(TARGETS), basis.shape[0]), np.float32),
         heads=[],
         ahead=np.zeros((0,), np.float32),
+        weights=options.weights,
     )
     fitted, predicted = _fit_context(fitted, seen, options)
     heads = []
@@ -127,7 +136,7 @@ def importances(
     inputs = np.concatenate((rows[some].astype(np.float32), predicted[some]), axis=2)
     spread = inputs.std(axis=(0, 3))
     return {
-        head.name: dict(zip(INPUTS, (np.abs(head.coef) * spread).mean(axis=0).tolist(), strict=True))
+        head.name: dict(zip(fitted.inputs, (np.abs(head.coef) * spread).mean(axis=0).tolist(), strict=True))
         for head in fitted.heads
     }
 
@@ -191,16 +200,19 @@ def _follow(
     options: Options,
     progress: bool,
 ) -> _Seen:
-    state = Features(shape, basis, center)
+    state = Features(shape, basis, center, weights=options.weights)
     n_tokens = sum(trace.n_tokens for trace in traces)
     ids = np.concatenate([trace.experts() for trace in traces])
     prompt = np.concatenate([trace.sequence.astype(np.int64) + i * 2**32 for i, trace in enumerate(traces)])
     tokens = np.concatenate([trace.tokens for trace in traces])
     decode = np.concatenate([trace.is_decode for trace in traces])
+    weights: Any = np.concatenate([trace.weights for trace in traces]) if options.weights else None
     sampled = np.flatnonzero(decode[: n_tokens - 1])
     sampled = sampled[(sampled >= min(2000, n_tokens // 20)) & (sampled % options.sample_every == 0)]
     contexts = np.zeros((n_tokens, state.n_context), np.float32)
-    rows = np.zeros((len(sampled), shape.table[0], len(features.NAMES), shape.table[1]), np.float16)
+    rows = np.zeros(
+        (len(sampled), shape.table[0], len(features.names(options.weights)), shape.table[1]), np.float16
+    )
     due = iter([*sampled.tolist(), n_tokens])
     n, token_due = 0, next(due)
     bar = Bar(n_tokens, progress)
@@ -211,7 +223,7 @@ def _follow(
         if t == token_due:
             rows[n] = row
             n, token_due = n + 1, next(due)
-        state.observe(ids[t], int(tokens[t]), int(prompt[t]))
+        state.observe(ids[t], int(tokens[t]), int(prompt[t]), weights[t] if options.weights else None)
     bar.clear()
     return _Seen(
         contexts=contexts,
@@ -341,7 +353,8 @@ def _fit_head(
         "late": seen.next_but_one < within[seen.sampled + 1, :, None],
     }[kind]
     estimators: list[Any] = []
-    coef = np.zeros((n_layers, len(INPUTS)), np.float32)
+    n_inputs = len(fitted.inputs)
+    coef = np.zeros((n_layers, n_inputs), np.float32)
     intercept = np.zeros(n_layers, np.float32)
     bonus = np.zeros(n_layers, np.float32)
     rng = np.random.default_rng(options.seed)
@@ -366,14 +379,14 @@ def _fit_head(
         wanted = answer[token, layer, expert]
         if options.estimator:
             fitted_one = make_estimator(options.estimator, options.seed)
-            estimators.append(fitted_one.fit(inputs[:, : len(INPUTS)], wanted))
+            estimators.append(fitted_one.fit(inputs[:, :n_inputs], wanted))
             bonus[layer] = 2 if kind == "late" else 0
             continue
         linear = _fit_linear(inputs, wanted, options)
-        coef[layer] = linear[: len(INPUTS)]
+        coef[layer] = linear[:n_inputs]
         intercept[layer] = linear[-1]
         if kind == "late":
-            bonus[layer] = linear[len(INPUTS)]
+            bonus[layer] = linear[n_inputs]
     bar.clear()
     return Head(kind, window, share, coef, intercept, bonus, estimators or None)
 
@@ -422,8 +435,9 @@ def _fit_ahead(
     now = seen.used(seen.sampled)
     head = fitted.head("now")
     if head.estimators is None:
-        odds = np.einsum("lf,nlfe->nle", head.coef[:, : len(features.NAMES)], seen.rows, optimize=True)
-        odds += np.einsum("lt,nlte->nle", head.coef[:, len(features.NAMES) :], predicted, optimize=True)
+        own, context = np.split(head.coef, [seen.rows.shape[2]], axis=1)
+        odds = np.einsum("lf,nlfe->nle", own, seen.rows, optimize=True)
+        odds += np.einsum("lt,nlte->nle", context, predicted, optimize=True)
         odds += head.intercept[:, None]
         expected = model.chance(odds.astype(np.float32))
     else:

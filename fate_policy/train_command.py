@@ -55,6 +55,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE:CLASS",
         help="score estimators on held-out tokens (default: gradient boosting and a small network)",
     )
+    parser.add_argument(
+        "--weights",
+        action="store_true",
+        help="features of router weights too, which the traces must hold; a run with the model collects them",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--table-mb",
@@ -91,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         raise FateError(
             f"no trace holds {LEAST_PROMPTS} prompts, to fit on some and test on others; give one as --test"
         )
-    options = train.Options(seed=args.seed, estimator=args.estimator)
+    options = train.Options(seed=args.seed, estimator=args.estimator, weights=args.weights)
     _check(args, options, [*fitting.values(), *(test for test, _ in tests.values())])
     if args.label == "optimum":
         options = replace(options, heads=tuple((share, 0) for share, _ in options.heads))
@@ -166,6 +171,8 @@ def _check(args: argparse.Namespace, options: train.Options, traces: list[Trace]
     """Find out before the work what would fail after it."""
     for name in filter(None, (options.estimator, *(args.compare or ()))):
         train.make_estimator(name, options.seed)
+    if options.weights and any(one.weights is None for one in traces):
+        raise TraceError(train.NO_WEIGHTS)
     shape = train.shape_of(traces[0])
     for other in traces[1:]:
         if train.shape_of(other).n_experts.tolist() != shape.n_experts.tolist():

@@ -301,7 +301,7 @@ static void engine_step(fate_engine * e, int32_t token, int32_t position) {
     }
     const int32_t   sequence = 0;
     const fate_step step     = {
-        1,       N_LAYERS,    K, &ids[0][0],   e->config.record ? &weights[0][0] : NULL,
+        1,       N_LAYERS,    K, &ids[0][0],   e->config.weights ? &weights[0][0] : NULL,
         &hits[0][0], path, &token, &position, &sequence, n_fills, &fills[0][0], n_evictions, &evictions[0][0],
     };
     float   scores[N_LAYERS * N_EXPERTS] = { 0 }, bonus[N_LAYERS] = { 0 };

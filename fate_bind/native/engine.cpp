@@ -223,7 +223,7 @@ void fate_engine::open_devices() {
         config.page_lock   = !config_.no_page_lock;
         config.max_tokens  = static_cast<int32_t>(ctx_.get_cparams().n_ubatch);
         config.wants_steps = wants_steps_;
-        config.weights     = config_.record != 0;
+        config.weights     = config_.weights != 0;
         config.throttle    = config_.throttle;
         config.asker       = callback_ ? this : nullptr;
         config.timeout_ns  = static_cast<int64_t>(config_.miss_timeout_seconds * 1e9);
@@ -407,7 +407,7 @@ void fate_engine::ubatch_begin(const llama_ubatch & ubatch) {
         ran_      = false;
         error_.clear();
         record_[current_].begin(static_cast<int32_t>(ubatch.n_tokens), wants_steps_ ? static_cast<int32_t>(blocks_.size()) : 0, max_k_,
-                                config_.record != 0, ubatch.token, ubatch.pos, ubatch.seq_id, ubatch.output);
+                                config_.weights != 0, ubatch.token, ubatch.pos, ubatch.seq_id, ubatch.output);
         for (const auto & b : blocks_) {
             if (b->layer) {
                 b->layer->begin_step();

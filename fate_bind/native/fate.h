@@ -94,7 +94,7 @@ typedef struct fate_step {
     int32_t         n_layers;
     int32_t         k;         // the largest k of all layers
     const int32_t * ids;       // [n_tokens][n_layers][k], best first, -1: not run
-    const float *   weights;   // like ids, router weights; 0 where unknown
+    const float *   weights;   // like ids, router weights, 0 where unknown; null without fate_config.weights
     const uint8_t * hits;      // like ids, 1: a hit on the pool path
     const uint8_t * path;      // [n_tokens][n_layers], FATE_PATH_*
     const int32_t * tokens;    // [n_tokens] token ids, -1: unknown
@@ -137,6 +137,7 @@ typedef struct fate_config {
     int32_t scores;               // 1: the policy publishes scores (call on_step)
     int32_t expects;              // 1: it wants to know the tokens that come (call on_expect too)
     int32_t record;               // 1: routing is recorded (call on_step)
+    int32_t weights;              // 1: steps tell router weights
     double  miss_timeout_seconds; // callback mode on a GPU: how long it waits for on_miss before LRU decides
     int32_t no_page_lock;         // 1: the model's memory is not page-locked; a GPU's experts go through a small ring that is
     int32_t require; // 1: a context that does not engage is an error, unless another one is engaged (a draft model beside the main one)

@@ -147,7 +147,7 @@ void fate_engine::build_moe(ggml_context * ctx0, ggml_cgraph * gf, llama_moe_arg
     const bool    pooled  = k * n_rows <= b.n_slots && n_rows <= b.max_rows && !(b.device && config_.stage_all);
     ggml_tensor * anchor  = b.device ? pool_.slots_of(b.pool_op.layer, args.down) : nullptr;
     ggml_tensor * weights = nullptr;
-    if (config_.record && args.weights && args.weights->type == GGML_TYPE_F32 && args.weights->ne[1] == k) {
+    if (config_.weights && args.weights && args.weights->type == GGML_TYPE_F32 && args.weights->ne[1] == k) {
         weights = args.weights;
     }
     if (!pooled && !b.device) {

@@ -75,6 +75,7 @@ POLICIES: dict[str, Callable[[Path], Policy]] = {
     "static": static_of,
     "telling": lambda _: Telling(),
     "classifier": lambda path: Classifier(model=str(path.with_name("model.npz"))),
+    "weighing classifier": lambda path: Classifier(model=str(path.with_name("weighing.npz"))),
 }
 
 
@@ -84,12 +85,19 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with Session(args=ARGS, record=path) as session:
         drive(session)
     fitted_on(path).save(path.with_name("model.npz"))
+    fitted_on(path, weights=True).save(path.with_name("weighing.npz"))
     return path
 
 
-def fitted_on(path: Path) -> Model:
+def fitted_on(path: Path, weights: bool = False) -> Model:
     small = Options(
-        sample_every=1, rank_basis=16, rank=16, n_folds=2, heads=((0.25, 4), (0.5, 8)), table_minimum=1
+        sample_every=1,
+        rank_basis=16,
+        rank=16,
+        n_folds=2,
+        heads=((0.25, 4), (0.5, 8)),
+        table_minimum=1,
+        weights=weights,
     )
     return train.fit([assess.decode_only(load(path))], small)
 
@@ -138,6 +146,44 @@ def test_recorded_weights_are_the_routers(tmp_path: Path) -> None:
     weights = np.asarray(trace.weights, np.float32)[ran]
     assert np.allclose(weights.sum(axis=-1), 1.0, atol=4e-3)  # this model normalises over its k
     assert (np.diff(weights, axis=-1) <= 0).all()
+
+
+class Weighing(Policy):
+    """Keeps the weights that it is told."""
+
+    def __init__(self, wants: bool) -> None:
+        self._wants = wants
+        self.told: list[NDArray[np.float32] | None] = []
+
+    @property
+    def wants_weights(self) -> bool:
+        return self._wants
+
+    def observe(self, step: Step) -> None:
+        self.told.append(None if step.weights is None else step.weights[step.path != 0])
+
+
+@pytest.mark.parametrize("mode", ["table", "callback"])
+def test_a_policy_is_told_the_weights_that_it_wants(mode: str) -> None:
+    """Without a recording too, and not otherwise."""
+    for wants in (True, False):
+        policy = Weighing(wants)
+        with Session(args=ARGS, policy=policy, slots=10, mode=mode) as session:
+            drive(session)
+        assert len(policy.told) > 10
+        assert all((weights is not None) == wants for weights in policy.told)
+        for weights in filter(lambda told: told is not None, policy.told):
+            assert np.allclose(weights.sum(axis=-1), 1.0, atol=1e-5)
+
+
+def test_a_model_of_weights_decides_alike_unrecorded(profile: Path, tmp_path: Path) -> None:
+    counters = []
+    for record in (tmp_path / "trace.npz", None):
+        policy = POLICIES["weighing classifier"](profile)
+        with Session(args=ARGS, policy=policy, slots=10, record=record) as session:
+            drive(session)
+        counters.append(session.counters())
+    assert counters[0] == counters[1]
 
 
 @pytest.mark.parametrize("sync", [True, False])

@@ -17,7 +17,7 @@ from policy_contract import (
     synthetic_trace,
 )
 
-from fate_policy import cost, model, train
+from fate_policy import cost, features, model, train
 from fate_policy.assess import serve
 from fate_policy.base import Geometry, Policy
 from fate_policy.classifier import Classifier
@@ -26,6 +26,7 @@ from fate_policy.errors import PolicyConfigError, TraceError
 from fate_policy.kernels import Routing, simulate_scores
 from fate_policy.model import Model
 from fate_policy.replay import geometry_of, replay
+from fate_policy.trace import Trace
 
 SMALL = train.Options(
     sample_every=2,
@@ -83,7 +84,7 @@ def test_golden_counts_of_given_coefficients() -> None:
     heads = []
     for head in made.heads:
         coef = np.zeros_like(head.coef)
-        coef[:, model.INPUTS.index("rate_16")] = 1
+        coef[:, made.inputs.index("rate_16")] = 1
         heads.append(replace(head, coef=coef, intercept=head.intercept * 0, bonus=head.bonus * 0))
     counters = replay(real_trace(), Classifier.of(replace(made, heads=heads)), n_slots=8)
     assert golden(counters) == (26893, 11507, 11507, 11315, 2816)
@@ -109,6 +110,47 @@ def test_replay_asks_what_the_lab_serves(fitted: Model) -> None:
     assert replay(routed, Classifier.of(fitted), n_slots=8, sync=False) == delayed
     untold = replay(routed, Untold.of(fitted), n_slots=8)
     assert untold.hits.sum() == pytest.approx(delayed.hits.sum(), abs=3)
+
+
+def weighed(routed: Trace) -> Trace:
+    """Return the trace with router weights, made up, best first."""
+    weights = np.random.default_rng(0).random(routed.ids.shape)
+    weights = np.sort(weights / weights.sum(axis=2, keepdims=True), axis=2)[:, :, ::-1]
+    return replace(routed, weights=weights.astype(np.float16))
+
+
+def test_weights_are_served_as_they_were_trained(fitted: Model, tmp_path: Path) -> None:
+    routed = weighed(real_trace()).slice(0, 200)
+    heavy = train.fit([routed], replace(SMALL, weights=True))
+    heavy.save(tmp_path / "heavy.npz")
+    policy = Classifier(model=str(tmp_path / "heavy.npz"))
+    assert policy.wants_weights
+    assert not Classifier.of(fitted).wants_weights
+    tables = serve(heavy, routed)
+    other = serve(heavy, replace(routed, weights=routed.weights[::-1]))
+    assert not np.array_equal(tables["now"], other["now"])
+    for table in tables.values():
+        table[0] = 0
+    keep = heavy.head("keep", 0.25)
+    lab = simulate_scores(Routing.of_trace(routed), 8, tables[keep.name]).counters
+    assert replay(routed, Classifier.of(heavy), n_slots=8) == lab
+    read = model.load(tmp_path / "heavy.npz")
+    assert read.meta["inputs"][-3 - len(features.WEIGHT_NAMES) : -3] == list(features.WEIGHT_NAMES)
+    assert (
+        replay(routed, policy, n_slots=8).totals() == replay(routed, Classifier.of(read), n_slots=8).totals()
+    )
+
+
+def test_weights_that_are_not_known_are_an_error() -> None:
+    routed = real_trace().slice(0, 200)
+    heavy = cost.untrained([32] * 24, [4] * 24, weights=True)
+    fault = "^model: it was fitted with router weights, and this trace holds none; record one with"
+    with pytest.raises(PolicyConfigError, match=fault):
+        replay(routed, Classifier.of(heavy), n_slots=8)
+    with pytest.raises(PolicyConfigError, match=fault):
+        serve(heavy, routed)
+    with pytest.raises(TraceError, match=r"^weights: a trace to fit on holds no router weights; record one"):
+        train.fit([weighed(routed), routed], replace(SMALL, weights=True))
 
 
 def test_no_look_ahead(fitted: Model) -> None:
@@ -150,7 +192,7 @@ def test_the_file_gives_the_same_decisions(fitted: Model, tmp_path: Path) -> Non
     fitted.save(tmp_path / "m.npz")
     read = model.load(tmp_path / "m.npz")
     assert read.meta["traces"] == [real_trace().hash()]
-    assert read.meta["inputs"] == list(model.INPUTS)
+    assert read.meta["inputs"] == list(model.inputs(weights=False))
     read.save(tmp_path / "again.npz")
     routed = real_trace().slice(0, 120)
     counted = [

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,13 +10,13 @@ from policy_contract import SYNTHETIC, random_ids, real_trace
 
 from fate_policy import features
 from fate_policy.errors import PolicyConfigError
-from fate_policy.features import LATER, LATER_DECAY, NAMES, Contexts, Features, Shape, Table
+from fate_policy.features import LATER, LATER_DECAY, Contexts, Features, Shape, Table
 
 SHAPE = Shape(SYNTHETIC.n_experts, SYNTHETIC.k)
 N = 3 * 16
 
 
-def make(**options: float) -> Features:
+def make(**options: Any) -> Features:
     basis = np.eye(N, 6, dtype=np.float32)
     return Features(SHAPE, basis, np.zeros(6, np.float32), **{"table_mb": 8, **options})
 
@@ -31,7 +32,7 @@ def follow(state: Features, ids: NDArray[np.int32], tokens: list[int], sequence:
 
 
 def column(state: Features, name: str) -> NDArray[np.float32]:
-    return state.now()[0][:, NAMES.index(name)]
+    return state.now()[0][:, features.names(state.weights).index(name)]
 
 
 def test_nothing_depends_on_the_future() -> None:
@@ -68,6 +69,37 @@ def test_rates_and_age() -> None:
     assert column(state, "rate_8")[1, 5] == pytest.approx(half + (1 - 2 ** (-1 / 8)) * 2 ** (-3 / 8))
     assert column(state, "log_age")[1, 5] == pytest.approx(np.log(4))
     assert column(state, "rate_8")[0, 8:].tolist() == [0] * 8  # layer 0 has 8 experts
+
+
+def test_weights_decay_to_a_mean() -> None:
+    state = make(weights=True)
+    ids = np.full((3, 4), -1, np.int32)
+    ids[1, :2] = 5, 7
+    weights = np.zeros((3, 4), np.float32)
+    weights[1, :2] = 0.75, 0.1
+    state.observe(ids, 1, 0, weights)
+    for _ in range(3):
+        state.observe(np.full((3, 4), -1, np.int32), 1, 0, np.zeros((3, 4), np.float32))
+    start, last = 1 / 16 * 2 ** (-4 / 4), (1 - 2 ** (-1 / 4)) * 2 ** (-3 / 4)
+    got = column(state, "weight_4")[1, [4, 5, 7]]
+    assert got == pytest.approx([start, start + 0.75 * last, start + float(np.float16(0.1)) * last])
+    assert column(state, "log_weight_4")[1, 5] == pytest.approx(np.log(got[1] + 0.01))
+    assert column(state, "weight_4")[0, 8:].tolist() == [0] * 8
+
+
+def test_weights_leave_the_other_features_alone() -> None:
+    with_weights, without = make(weights=True), make()
+    for t, row in enumerate(random_ids(60, SYNTHETIC, 3)):
+        with_weights.observe(row, t % 7, 0, np.full(row.shape, 0.25, np.float32))
+        without.observe(row, t % 7, 0)
+    with_weights.expect(3, 0)
+    without.expect(3, 0)
+    n = len(features.names(weights=False))
+    assert np.array_equal(with_weights.now()[0][:, :n], without.now()[0])
+    with pytest.raises(
+        PolicyConfigError, match=r"^weights: None is not allowed; expected the router weights"
+    ):
+        with_weights.observe(row, 3, 0)
 
 
 def test_a_token_and_a_pair_remember_what_they_used() -> None:
