@@ -120,8 +120,8 @@ def weighed(routed: Trace) -> Trace:
 
 
 def test_weights_are_served_as_they_were_trained(fitted: Model, tmp_path: Path) -> None:
-    routed = weighed(real_trace()).slice(0, 200)
-    heavy = train.fit([routed], replace(SMALL, weights=True))
+    routed = weighed(real_trace()).slice(0, 120)
+    heavy = train.fit([routed], replace(SMALL, weights=True, heads=((0.25, 4),)))
     heavy.save(tmp_path / "heavy.npz")
     policy = Classifier(model=str(tmp_path / "heavy.npz"))
     assert policy.wants_weights
