@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from bench.routing import as_trace, routing
 from bench.runner import Plan, Run
 
 FIT_TOKENS = 6000
+MODELS = Path(tempfile.gettempdir()) / "fate-bench"
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -34,7 +36,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--write", action="store_true", help="write the models of the groups, run nothing")
     parser.add_argument("--prepared", type=Path, default=Path("bench-prepared"), help="what --prepare made")
-    parser.add_argument("--models", type=Path, default=Path("/tmp/fate-bench"), help="generated models")
+    parser.add_argument("--models", type=Path, default=MODELS, help="generated models")
     parser.add_argument("--traces", type=Path, help="folder of traces; by default those shipped")
     parser.add_argument("--trace", default="gptoss20b_stem", help="whose routing is replayed")
     parser.add_argument("--minutes", type=float, default=8.0, help="of each group, opening included")

@@ -110,7 +110,7 @@ class Session:
         False: plain llama.cpp.
     place
         False: leave out the flags that place weights where the pool can serve them (`--no-repack -fit off`;
-        with a GPU also `-ngl 999 --cpu-moe`), so that only `args` count.
+        with a GPU also `-ngl 999 --cpu-moe -ub 1024`), so that only `args` count.
     throttle_gbps
         Hold the fills of a GPU's misses to so many 10^9 bytes a second, to see what a slower link would do.
     """

@@ -75,11 +75,12 @@ static std::vector<int32_t> slots_for_budgets(const std::vector<fate_layer_shape
 
 static std::string too_little_vram(const fate_layer_shape & layer, int32_t n, const fate_budget & budget) {
     const double gib = 1 << 30;
-    return fate_format("slots: %.2f GiB of VRAM are free, %.2f GiB are to stay so and %.2f GiB are for staging: room for %d slots a layer, "
-                       "and a token uses %d "
-                       "experts; a shorter context (-c), a smaller -ub, fewer layers on the GPU (-ngl), vram_margin or vram leave more",
-                       static_cast<double>(budget.free_bytes) / gib, static_cast<double>(budget.margin_bytes) / gib,
-                       static_cast<double>(budget.staging_bytes) / gib, n, layer.k);
+    return fate_format(
+        "slots: %.2f GiB of VRAM are free, %.2f GiB are to stay so and %.2f GiB are for staging: room for %d slots a layer, "
+        "and a token uses %d "
+        "experts; a shorter context (-c), a smaller -ub, fewer layers on the GPU (-ngl), a smaller vram_margin or a larger vram leave more",
+        static_cast<double>(budget.free_bytes) / gib, static_cast<double>(budget.margin_bytes) / gib,
+        static_cast<double>(budget.staging_bytes) / gib, n, layer.k);
 }
 
 std::vector<int32_t> fate_capacity(const fate_config & config, const std::vector<int32_t> & list,

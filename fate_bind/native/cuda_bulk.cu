@@ -43,6 +43,7 @@ void fate_cuda_bulk::fetch(cudaStream_t stream) {
             p.is_used    = false;
         }
     }
+    ahead_      = -1;
     is_fetched_ = true;
 }
 
@@ -77,7 +78,6 @@ void fate_cuda_bulk::copy() {
         FATE_CUDA(cudaMemsetAsync(to_[i], 0xff, alone_[i], engine_));
     }
     fate_sleep<<<1, 1, 0, engine_>>>();
-    alone_.clear();
 #endif
 #if CUDART_VERSION >= 13000
     cudaMemcpyAttributes attributes = {};
@@ -101,6 +101,9 @@ void fate_cuda_bulk::order(size_t layer, size_t tensor) {
     to_.clear(); // of an order that failed
     from_.clear();
     size_.clear();
+#if defined(FATE_LATE_FILLS)
+    alone_.clear();
+#endif
     ahead_                    = static_cast<int64_t>(layer);
     const int32_t * slot_of   = reinterpret_cast<const int32_t *>(tables_.data) + layer * stride_;
     const int32_t   n_experts = layers_[layer].n_experts;

@@ -76,23 +76,21 @@ std::vector<size_t> fate_pool::role_bytes(ggml_backend_dev_t dev, const std::vec
     return bytes;
 }
 
+int64_t fate_pool::staging_bytes_on(ggml_backend_dev_t dev, const std::vector<int32_t> * n_slots) const {
+    int64_t sum = 0;
+    for (const size_t n : role_bytes(dev, n_slots)) {
+        sum += static_cast<int64_t>(n);
+    }
+    return sum;
+}
+
 int64_t fate_pool::staging_bytes(const std::vector<int32_t> * n_slots) const {
     std::set<ggml_backend_dev_t> devs;
     int64_t                      sum = 0;
     for (const layer & l : layers_) {
         if (l.dev && devs.insert(l.dev).second) {
-            for (const size_t n : role_bytes(l.dev, n_slots)) {
-                sum += static_cast<int64_t>(n);
-            }
+            sum += staging_bytes_on(l.dev, n_slots);
         }
-    }
-    return sum;
-}
-
-int64_t fate_pool::staging_bytes_on(ggml_backend_dev_t dev) const {
-    int64_t sum = 0;
-    for (const size_t n : role_bytes(dev, nullptr)) {
-        sum += static_cast<int64_t>(n);
     }
     return sum;
 }

@@ -40,7 +40,7 @@ public:
     int64_t bytes(const std::vector<int32_t> & n_slots) const;                   // of a whole pool, without alignment and staging
     int64_t staging_bytes(const std::vector<int32_t> * n_slots = nullptr) const; // null: if all layers engage
 
-    int64_t staging_bytes_on(ggml_backend_dev_t dev) const;                      // likewise
+    int64_t staging_bytes_on(ggml_backend_dev_t dev, const std::vector<int32_t> * n_slots = nullptr) const; // likewise
     // Makes the slots of the layers with n_slots > 0, all zero. Where every expert of a GPU's layer has one, slot and expert have the same number and hold it
     // already. False if the memory cannot be had.
     bool allocate(const std::vector<int32_t> & n_slots);

@@ -66,7 +66,9 @@ int32_t fate_configure(const fate_config * config) {
                 throw fate_error(FATE_STATUS_INVALID, fate_format("n_slots_list %d without a list", config->n_slots_list));
             }
             if (config->vram_bytes < 0 || config->vram_margin < 0) {
-                throw fate_error(FATE_STATUS_INVALID, "vram_bytes and vram_margin are bytes, 0 or more");
+                throw fate_error(FATE_STATUS_INVALID,
+                                 fate_format("vram_bytes %lld and vram_margin %lld: expected bytes, 0 or more",
+                                             static_cast<long long>(config->vram_bytes), static_cast<long long>(config->vram_margin)));
             }
             if (config->vram_bytes > 0 && config->slots_kind != FATE_SLOTS_AUTO) {
                 throw fate_error(FATE_STATUS_INVALID, "vram says how large a card `slots: auto` may count on; leave out one of the two");
