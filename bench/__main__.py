@@ -16,7 +16,7 @@ import numpy as np
 from bench import models, provenance, report
 from bench.groups import GROUPS, Group
 from bench.models import SHAPES, Models
-from bench.routing import as_trace, routing
+from bench.routing import as_trace, routing, without_last
 from bench.runner import Plan, Run
 
 FIT_TOKENS = 6000
@@ -116,7 +116,9 @@ def _run(group: Group, plan: Plan, args: argparse.Namespace) -> bool:
     shape, model = Models(args.models).get(group.model)
     print(f"{time.monotonic() - began:6.1f} s  {group.name}  model {model}", flush=True)
     made = routing(shape, args.trace, args.traces)
-    table = args.out / f"routing-{group.model}.npz"
+    if group.spares_last:
+        made = without_last(made, shape)
+    table = args.out / f"routing-{group.name}.npz"
     np.savez(table, ids=made.ids, tokens=made.tokens)
     print(f"{time.monotonic() - began:6.1f} s  {group.name}  routing {made.source['way']}", flush=True)
     settings: dict[str, Any] = _tuned(args.out, group)

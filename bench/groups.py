@@ -21,6 +21,7 @@ class Group:
     n_prompts : samples of each
     decode : whether single tokens are measured
     settings : see `arms.job`
+    spares_last : no token uses the last expert of a layer, so that all but one slot's worth never misses
     tunes : its best vanilla arm says which threads and which way to load the other groups take
     """
 
@@ -32,6 +33,7 @@ class Group:
     decode: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
     tunes: bool = False
+    spares_last: bool = False
 
     def arms(self) -> list[Arm]:
         """Return the arms that make sense for the model: no pool below k slots, none twice."""
@@ -80,6 +82,9 @@ def _groups() -> list[Group]:
             )
     overhead = ["resident", f"lru@{ALL_BUT_ONE}", "lru@50", "python-lru@50"]
     made.append(Group("qwen3-overhead", "qwen3", overhead, prompts=()))
+    for model in ("qwen3", "gptoss"):
+        names = ["resident", f"lru@{ALL_BUT_ONE}"]
+        made.append(Group(f"{model}-hits", model, names, prompts=(), spares_last=True))
     kv = ["resident", "cpu-moe", "lru@50", "ncmoe@50", "fit@50"]
     made.append(Group("qwen3-kv", "qwen3", kv, settings={"kv": "q8_0"}))
     return made

@@ -13,7 +13,7 @@ Tokens keep the recorded token's identity, hashed into the model's vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,20 @@ def routing(
     source = {"trace": path.stem, "sha256": whole.hash(), "way": how, "part": part, "n_tokens": n}
     tokens = (names[:n] * 2654435761 % (1 << 32) % shape.n_vocab).astype(np.int32)
     return Routing(np.ascontiguousarray(made, np.int32), tokens, source)
+
+
+def without_last(made: Routing, shape: Shape) -> Routing:
+    """Return the routing with uses of a layer's last expert given to the first one that the token leaves.
+
+    All experts that are used then fit into one slot less than there are experts.
+    """
+    ids = made.ids.copy()
+    last = shape.n_experts - 1
+    used = np.zeros((*ids.shape[:2], shape.n_experts), np.bool_)
+    np.put_along_axis(used, ids, True, axis=2)
+    instead = np.broadcast_to(used.argmin(axis=2)[..., None], ids.shape)
+    ids = np.where(ids == last, instead, ids).astype(np.int32)
+    return replace(made, ids=ids, source={**made.source, "way": made.source["way"] + ", last expert spared"})
 
 
 def as_trace(made: Routing, shape: Shape) -> Trace:

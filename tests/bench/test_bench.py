@@ -15,7 +15,7 @@ from bench.__main__ import main
 from bench.arms import Arm, job, parse
 from bench.groups import GROUPS
 from bench.models import SHAPES, Models, fitting, tensors, write
-from bench.routing import PUBLISHED, lru_hits, routing, way
+from bench.routing import PUBLISHED, lru_hits, routing, way, without_last
 from bench.runner import n_cpu_moe
 
 
@@ -80,6 +80,13 @@ def test_routing_is_distinct_and_fits_the_shape(name: str) -> None:
     assert made.ids.max() == shape.n_experts - 1
     assert made.tokens.max() < shape.n_vocab
     assert made.source["way"] == way(shape)
+
+
+def test_a_spared_expert_is_never_used() -> None:
+    made = without_last(routing(SHAPES["gptoss"]), SHAPES["gptoss"])
+    assert made.ids.max() == SHAPES["gptoss"].n_experts - 2
+    ranked = np.sort(made.ids, axis=2)
+    assert (ranked[..., 1:] > ranked[..., :-1]).all()
 
 
 def test_fitting_and_replay_share_no_prompt() -> None:
