@@ -254,7 +254,7 @@ void fate_cuda_device::bind(const fate_device_config & config) {
         to.is_wide            = true;
         for (int32_t t = 0; t < to.n_tensors; ++t) {
             to.tensors[t] = tensor_of(from.tensors[t], ring_ ? nullptr : on_device(from.tensors[t].source));
-            n_units += to.tensors[t].n_units + to.tensors[t].n_tail;
+            n_units += to.tensors[t].n_units + to.tensors[t].n_tail + 2 * FATE_CUDA_LINE_UNITS;
             to.is_wide = to.is_wide && to.tensors[t].width == 16;
             expert_bytes += static_cast<double>(from.tensors[t].expert_bytes);
         }

@@ -50,6 +50,28 @@ static __device__ int fate_first_seed_row(const fate_cuda_layer & layer, int32_t
     return __syncthreads_count(is_pair && tid % layer.k == 0 && is_too_many);
 }
 
+// Thread pair of block 0, when every expert that the op needs has a slot.
+static __device__ __forceinline__ void fate_hit(const fate_cuda_layer & layer, const fate_cuda_call & call, int pair, int64_t clock,
+                                                int32_t expert, int32_t slot) {
+    const int n_pairs = call.n_rows * layer.k;
+    if (pair < n_pairs) {
+        const int row                  = pair / layer.k;
+        const int rank                 = layer.k - 1 - pair % layer.k;
+        call.out[row * layer.k + rank] = slot;
+        fate_max(&layer.last_use[expert], clock + pair + 1);
+        fate_note(layer, call, row, rank, expert, true);
+    }
+    if (pair == 0) {
+        layer.head->clock = clock + n_pairs;
+        fate_add(&layer.counters[FATE_COUNTER_HITS], n_pairs);
+        fate_add(&layer.counters[FATE_COUNTER_ROWS], call.n_rows);
+        fate_add(&layer.counters[FATE_COUNTER_ROWS_ALL_RESIDENT], call.n_rows);
+        if (layer.step) {
+            *layer.step = { FATE_PATH_POOL, call.n_rows, 0, 0 };
+        }
+    }
+}
+
 // SEED false: the pool path's op. SEED true: admits experts of the call's last rows after a staged op, from staging; nothing is used or looked up.
 // ASK: callback mode, the host names the victims. RING: experts come through the ring.
 template <bool SEED, bool ASK = false, bool RING = false>
@@ -67,49 +89,45 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
     __shared__ int            s_scratch[33];
     __shared__ unsigned       s_arrived;
 
-    // the tables were last changed in another step: they are asked for before what runs before has ended
+    // the tables were last changed in another step: they are read before what runs before has ended
+    fate_pdl_launch_next();
     const int     tid       = threadIdx.x;
     const bool    is_expert = tid < layer.n_experts;
-    const int32_t slot_of   = is_expert ? layer.slot_of[tid] : 0;
     const int64_t clock     = layer.head->clock;
     const int     n_pairs   = call.n_rows * layer.k;
     bool          is_pair   = tid < n_pairs;
     const int     row       = tid / layer.k;
     const int     rank      = layer.k - 1 - tid % layer.k; // uses are ordered by row, then from the worst rank
-    fate_pdl_launch_next();
-    fate_pdl_wait();
-
-    const int32_t expert = is_pair ? fate_id(call, row, rank) : 0;
     if (is_expert) {
-        s_slot_of[tid] = slot_of;
+        s_slot_of[tid] = layer.slot_of[tid];
         s_first[tid]   = INT_MAX;
         if constexpr (SEED) {
             s_missing[tid] = -1;
         }
     }
     __syncthreads();
+    fate_pdl_wait();
+
+    if (!SEED && n_pairs <= 32) { // one token: every warp looks at all of it, so that a hit passes no barrier
+        const int     lane = tid % 32;
+        const int32_t id   = lane < n_pairs ? fate_id(call, lane / layer.k, layer.k - 1 - lane % layer.k) : 0;
+        const int32_t at   = s_slot_of[id];
+        if (!__any_sync(0xffffffff, lane < n_pairs && at < 0)) {
+            if (blockIdx.x == 0 && tid < 32) {
+                fate_hit(layer, call, tid, clock, id, at);
+            }
+            return;
+        }
+    }
+    const int32_t expert = is_pair ? fate_id(call, row, rank) : 0;
     if constexpr (SEED) {
         const int first = fate_first_seed_row(layer, expert, is_pair, s_missing, s_scratch);
         is_pair         = is_pair && row >= first;
     }
     const int32_t slot = s_slot_of[expert];
     if (!__syncthreads_or(is_pair && slot < 0)) {
-        if (SEED || blockIdx.x != 0) {
-            return;
-        }
-        if (is_pair) {
-            call.out[row * layer.k + rank] = slot;
-            fate_max(&layer.last_use[expert], clock + tid + 1);
-            fate_note(layer, call, row, rank, expert, true);
-        }
-        if (tid == 0) {
-            layer.head->clock = clock + n_pairs;
-            fate_add(&layer.counters[FATE_COUNTER_HITS], n_pairs);
-            fate_add(&layer.counters[FATE_COUNTER_ROWS], call.n_rows);
-            fate_add(&layer.counters[FATE_COUNTER_ROWS_ALL_RESIDENT], call.n_rows);
-            if (layer.step) {
-                *layer.step = { FATE_PATH_POOL, call.n_rows, 0, 0 };
-            }
+        if (!SEED && blockIdx.x == 0) {
+            fate_hit(layer, call, tid, clock, expert, slot);
         }
         return;
     }
