@@ -54,6 +54,8 @@ def install(loaded: library.Library) -> None:
         scores: Any,
         bonus: Any,
         published: Any,
+        chances: Any,
+        predicted: Any,
     ) -> int:
         def call(host: Host) -> None:
             known = array(tokens, (n_tokens,), INT32)

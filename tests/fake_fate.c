@@ -242,7 +242,7 @@ static void expect(fate_engine * e, int32_t token, int32_t position) {
         const int32_t sequence                     = 0;
         float         scores[N_LAYERS * N_EXPERTS] = { 0 }, bonus[N_LAYERS] = { 0 };
         int32_t       published                    = 0;
-        put_in_force(e, e->config.on_expect(e->config.user, e, 1, &token, &position, &sequence, scores, bonus, &published), scores, published);
+        put_in_force(e, e->config.on_expect(e->config.user, e, 1, &token, &position, &sequence, scores, bonus, &published, NULL, NULL), scores, published);
     }
 }
 

@@ -73,6 +73,10 @@ public:
     // Acts behind what is enqueued. scores[n_layers][stride], by index among all layers; null: zeros. behind: as in fate_layer.
     virtual void publish(const float * scores, int32_t stride, const float * bonus, bool behind) = 0;
 
+    // Brings in what chance[n_layers][stride] makes likely for the step of one token begun last: waited for before its layers run, or as far as the copies
+    // come before them. By index among all layers. What failed, "" if nothing.
+    virtual std::string prefetch(const float * chance, int32_t stride, bool waits) = 0;
+
     // Of the last step that was ended; [layer of this device][FATE_N_COUNTERS].
     virtual void get_counters(std::vector<int64_t> & counters) const = 0;
 
@@ -91,14 +95,16 @@ public:
 
 struct fate_device_config {
     std::vector<fate_device_layer> layers;
-    std::vector<fate_host_range>   ranges;       // to page-lock
-    bool                           page_lock;    // false: ranges stay as they are
-    int32_t                        max_tokens;   // of a step
-    bool                           wants_steps;  // records are collected
-    bool                           weights;      // with router weights
-    fate_asker *                   asker;        // callback mode: outlives the device; null: table mode
-    int64_t                        timeout_ns;   // of an answer
-    double                         throttle = 0; // bytes a second at which misses are filled at most, 0: as many as come
+    std::vector<fate_host_range>   ranges;                 // to page-lock
+    bool                           page_lock;              // false: ranges stay as they are
+    int32_t                        max_tokens;             // of a step
+    bool                           wants_steps;            // records are collected
+    bool                           weights;                // with router weights
+    fate_asker *                   asker;                  // callback mode: outlives the device; null: table mode
+    int64_t                        timeout_ns;             // of an answer
+    int32_t                        prefetch_experts   = 0; // at most so many of a layer and token, 0: none
+    float                          prefetch_threshold = 0; // the least chance worth a copy
+    double                         throttle           = 0; // bytes a second at which misses are filled at most, 0: as many as come
 };
 
 // Why layers on this device cannot be served, "" if they can.

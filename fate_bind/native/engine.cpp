@@ -191,8 +191,11 @@ void fate_engine::ubatch_begin(const llama_ubatch & ubatch) {
             const std::string why      = device->begin(n_tokens, again);
             error_                     = why.empty() ? error_ : why;
         }
-        if (sync_ && expect()) {
-            publish();
+        if (sync_) {
+            if (expect()) {
+                publish();
+            }
+            prefetch();
         }
     }
 }
@@ -228,6 +231,9 @@ bool fate_engine::ubatch_end(bool ok) {
         if (is_due) {
             publish();
         }
+        if (!sync_) {
+            prefetch();
+        }
         held_back_ = !sync_;
     }
     current_ = 1 - current_;
@@ -261,11 +267,15 @@ bool fate_engine::expect() {
     if (!config_.expects || !config_.on_expect || policy_failed_) {
         return false;
     }
-    const fate_step step = record_[current_].view();
-    return call([&](int32_t * flag) {
+    const fate_step step      = record_[current_].view();
+    int32_t         predicted = 0;
+    std::fill(chances_.begin(), chances_.end(), 0.0f);
+    const bool published = call([&](int32_t * flag) {
         return config_.on_expect(config_.user, this, step.n_tokens, step.tokens, step.positions, step.sequences, scores_.data(),
-                                 bonus_.data(), flag);
+                                 bonus_.data(), flag, chances_.empty() ? nullptr : chances_.data(), &predicted);
     });
+    predicted_           = predicted && !chances_.empty() && !policy_failed_ && step.n_tokens == 1;
+    return published;
 }
 
 // Runs a callback that may publish scores; true if it did.

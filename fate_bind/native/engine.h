@@ -152,6 +152,7 @@ private:
     void        open();
     void        publish();
     bool        expect();
+    void        prefetch();
     void        seed();
     bool        deliver(int32_t which);
     void        fail_policy();
@@ -210,9 +211,11 @@ private:
 
     std::vector<float>   scores_;
     std::vector<float>   bonus_;
-    std::vector<uint8_t> hits_;  // of one op
+    std::vector<float>   chances_;           // empty: nothing is predicted
+    bool                 predicted_ = false; // chances_ are of the step at hand
+    std::vector<uint8_t> hits_;              // of one op
 
-    mutable std::mutex   mutex_; // guards what follows, read by any thread
+    mutable std::mutex   mutex_;             // guards what follows, read by any thread
     int64_t              steps_   = 0;
     int64_t              tokens_  = 0;
     int64_t              busy_us_ = 0;

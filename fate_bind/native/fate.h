@@ -24,7 +24,7 @@ extern "C" {
 
 // cdef begin
 
-#define FATE_ABI_VERSION 2
+#define FATE_ABI_VERSION 3
 
 enum {
     FATE_STATUS_OK       = 0,
@@ -64,13 +64,21 @@ enum {
     FATE_COUNTER_MISSES            = 2,
     FATE_COUNTER_STAGED            = 3,
     FATE_COUNTER_BYPASSED          = 4,
-    FATE_COUNTER_FILLS             = 5, // experts copied into a slot, seeding included
+    FATE_COUNTER_FILLS             = 5, // experts copied into a slot, seeding and prefetch included
     FATE_COUNTER_SEED_FILLS        = 6,
     FATE_COUNTER_EVICTIONS         = 7,
     FATE_COUNTER_BYTES             = 8,  // fills x expert bytes
     FATE_COUNTER_ROWS              = 9,  // tokens that went through the pool
     FATE_COUNTER_ROWS_ALL_RESIDENT = 10, // of these, tokens without a miss
-    FATE_N_COUNTERS                = 11,
+
+    // prefetch; all but the last two count experts
+    FATE_COUNTER_PREFETCHES         = 11, // begun; fills too
+    FATE_COUNTER_PREFETCH_USEFUL    = 12, // of these, complete at their first use: hits
+    FATE_COUNTER_PREFETCH_LATE      = 13, // of these, still on their way at their first use: misses
+    FATE_COUNTER_PREFETCH_WASTED    = 14, // of these, evicted before any use
+    FATE_COUNTER_PREFETCH_CANCELLED = 15, // planned and not begun when their layer ran without them
+    FATE_COUNTER_PREFETCH_WAITED_NS = 16, // that layers waited for those that were late
+    FATE_N_COUNTERS                 = 17,
 };
 
 typedef struct fate_engine  fate_engine;  // one for each llama.cpp context made while FATE is configured
@@ -118,9 +126,12 @@ typedef int32_t (*fate_step_fn)(void * user, fate_engine * engine, const fate_st
                                 int32_t * published);
 // What the step after the one last handed over consists of, in arrays as in fate_step, [n_tokens]. With sync it comes just before that step runs, and the
 // scores act on that very step. Without, it comes when that step was launched (not for the first one), and they act on the step after it: nothing waits for
-// the answer. scores, bonus and published as in on_step.
+// the answer. scores, bonus and published as in on_step. chances, null without fate_config.prefetch: set *predicted to 1 and write
+// chances[n_layers][max n_experts], zero-filled, that the step uses each expert. They act on that very step, as far as its layers have not run yet; of a step
+// of several tokens they are not asked for.
 typedef int32_t (*fate_expect_fn)(void * user, fate_engine * engine, int32_t n_tokens, const int32_t * tokens, const int32_t * positions,
-                                  const int32_t * sequences, float * scores, float * bonus, int32_t * published);
+                                  const int32_t * sequences, float * scores, float * bonus, int32_t * published, float * chances,
+                                  int32_t * predicted);
 // One op of a layer missed. Write victims[n_victims]: distinct resident experts of this layer, none of needed. n_victims may be 0.
 // last_use[n_experts of the layer]: the layer's clock at each expert's last use, 0: never; at seeding the uses of the step at hand are in it.
 // A GPU does not follow an answer that comes after miss_timeout_seconds; the step's evictions then tell what went.
@@ -136,6 +147,9 @@ typedef struct fate_config {
     int32_t sync;                 // 1: records of step t are handed over at its end, 0: one step later; callback mode is always sync
     int32_t scores;               // 1: the policy publishes scores (call on_step)
     int32_t expects;              // 1: it wants to know the tokens that come (call on_expect too)
+    int32_t prefetch;             // 1: the policy predicts (call on_expect too); in table mode
+    int32_t prefetch_experts;     // at most so many of a layer and token
+    float   prefetch_threshold;   // the least chance worth a copy
     int32_t record;               // 1: routing is recorded (call on_step)
     int32_t weights;              // 1: steps tell router weights
     double  miss_timeout_seconds; // callback mode on a GPU: how long it waits for on_miss before LRU decides

@@ -339,3 +339,23 @@ void fate_engine::seed() {
         }
     }
 }
+
+// Has layers bring in what the step at hand is predicted to use: before it with sync, else beside it, which only a GPU can.
+void fate_engine::prefetch() {
+    if (!predicted_) {
+        return;
+    }
+    predicted_ = false;
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+        if (blocks_[i]->layer && sync_) {
+            const block &  b = *blocks_[i];
+            fate_engine_io io(*this, static_cast<int32_t>(i));
+            b.layer->prefetch(&chances_[i * max_experts_], config_.prefetch_threshold,
+                              fate_prefetch_most(config_.prefetch_experts, b.n_slots, b.k), io);
+        }
+    }
+    for (auto & device : devices_) {
+        const std::string why = device->prefetch(chances_.data(), max_experts_, sync_);
+        error_                = why.empty() ? error_ : why;
+    }
+}

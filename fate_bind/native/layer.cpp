@@ -10,6 +10,7 @@ fate_layer::fate_layer(int32_t n_experts, int32_t k, int32_t n_slots, int64_t ex
     last_use_(n_experts),
     score_(n_experts),
     counters_(FATE_N_COUNTERS),
+    is_waiting_(n_experts),
     is_needed_(n_experts) {
     table_.n_experts = n_experts;
     table_.n_slots   = n_slots;
@@ -25,6 +26,8 @@ void fate_layer::reset() {
     std::fill(expert_of_.begin(), expert_of_.end(), -1);
     std::fill(last_use_.begin(), last_use_.end(), 0);
     std::fill(counters_.begin(), counters_.end(), 0);
+    std::fill(is_waiting_.begin(), is_waiting_.end(), 0);
+    ahead_.clear();
     table_.clock = 0;
     began_       = 0;
     n_free_      = table_.n_slots;
@@ -34,6 +37,7 @@ void fate_layer::reset() {
 
 void fate_layer::begin_step() {
     began_ = table_.clock;
+    ahead_.clear();
 }
 
 void fate_layer::publish(const float * scores, float bonus, bool behind) {
@@ -92,11 +96,22 @@ void fate_layer::admit(int32_t expert, fate_layer_io & io) {
     int32_t slot = -1;
     if (n_free_ > 0) {
         slot = fate_rule_free_slot(table_);
-        --n_free_;
     } else {
         slot = n_answered_ < answer_.size() ? slot_of_[answer_[n_answered_++]] : fate_rule_victim(table_, is_needed_.data());
-        io.evict(expert_of_[slot]);
+    }
+    put(expert, slot, io);
+}
+
+// Into a slot that is free or whose expert goes.
+void fate_layer::put(int32_t expert, int32_t slot, fate_layer_io & io) {
+    if (expert_of_[slot] < 0) {
+        --n_free_;
+    } else {
+        const int32_t victim = expert_of_[slot];
+        io.evict(victim);
         ++counters_[FATE_COUNTER_EVICTIONS];
+        counters_[FATE_COUNTER_PREFETCH_WASTED] += is_waiting_[victim];
+        is_waiting_[victim] = 0;
     }
     fate_rule_place(table_, expert, slot);
     io.fill(expert, slot);
@@ -104,8 +119,32 @@ void fate_layer::admit(int32_t expert, fate_layer_io & io) {
     counters_[FATE_COUNTER_BYTES] += expert_bytes_;
 }
 
+void fate_layer::prefetch(const float * chance, float threshold, int32_t most, fate_layer_io & io) {
+    fate_prefetch plan[FATE_PREFETCH_MAX];
+    const int32_t n = fate_prefetch_plan(table_, chance, threshold, most, plan);
+    for (int32_t i = 0; i < n; ++i) {
+        put(plan[i].expert, plan[i].slot, io);
+        is_waiting_[plan[i].expert] = 1;
+        ahead_.push_back(plan[i].expert);
+        ++counters_[FATE_COUNTER_PREFETCHES];
+    }
+}
+
+void fate_layer::release_needed() {
+    for (const int32_t expert : needed_) {
+        is_needed_[expert] = 0;
+    }
+    for (const int32_t expert : ahead_) {
+        is_needed_[expert] = 0;
+    }
+    ahead_.clear();
+}
+
 void fate_layer::resolve(const fate_ids & ids, bool callback, fate_layer_io & io, int32_t * slots, uint8_t * hits) {
     need(ids);
+    for (const int32_t expert : ahead_) {
+        is_needed_[expert] = 1;
+    }
     choose(callback, io);
 
     for (int32_t row = 0; row < ids.n_rows; ++row) {
@@ -118,6 +157,8 @@ void fate_layer::resolve(const fate_ids & ids, bool callback, fate_layer_io & io
                 all_resident = false;
             }
             ++counters_[hit ? FATE_COUNTER_HITS : FATE_COUNTER_MISSES];
+            counters_[FATE_COUNTER_PREFETCH_USEFUL] += is_waiting_[expert];
+            is_waiting_[expert]       = 0;
             hits[row * ids.k + rank]  = hit;
             slots[row * ids.k + rank] = slot_of_[expert];
             fate_rule_use(table_, expert);
@@ -127,9 +168,7 @@ void fate_layer::resolve(const fate_ids & ids, bool callback, fate_layer_io & io
     counters_[FATE_COUNTER_ROWS] += ids.n_rows;
     counters_[FATE_COUNTER_ROUTED] += static_cast<int64_t>(ids.n_rows) * ids.k;
 
-    for (const int32_t expert : needed_) {
-        is_needed_[expert] = 0;
-    }
+    release_needed();
 }
 
 void fate_layer::bypass(const fate_ids & ids) {
@@ -163,9 +202,7 @@ void fate_layer::seed(bool callback, fate_layer_io & io) {
         admit(expert, io);
         ++counters_[FATE_COUNTER_SEED_FILLS];
     }
-    for (const int32_t expert : needed_) {
-        is_needed_[expert] = 0;
-    }
+    release_needed();
 }
 
 int32_t fate_seed_rows(const fate_ids & ids, int32_t n_experts, int32_t n_slots) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "fate.h"
+#include "prefetch.h"
 #include "rule.h"
 
 #include <cstdint>
@@ -47,6 +48,9 @@ public:
     // A call of the pool path: rows x k <= n_slots. Writes slots[n_rows][k] and hits[n_rows][k].
     void resolve(const fate_ids & ids, bool callback, fate_layer_io & io, int32_t * slots, uint8_t * hits);
 
+    // Brings in, before the step of one token, what chance[n_experts] makes likely; most: of fate_prefetch_most().
+    void prefetch(const float * chance, float threshold, int32_t most, fate_layer_io & io);
+
     // A call of the bypass path: counts, notes the uses, keeps the rows that seed() admits from.
     void bypass(const fate_ids & ids);
     // Admits what bypass() kept, oldest row first.
@@ -76,6 +80,8 @@ private:
     void choose(bool callback, fate_layer_io & io);
     bool valid_answer() const;
     void admit(int32_t expert, fate_layer_io & io);
+    void put(int32_t expert, int32_t slot, fate_layer_io & io);
+    void release_needed();
 
     int32_t k_;
     int64_t expert_bytes_;
@@ -88,7 +94,9 @@ private:
     int64_t              began_; // clock at the beginning of the step
 
     std::vector<int64_t> counters_;
-    std::vector<int32_t> seed_ids_; // rows kept by bypass()
+    std::vector<uint8_t> is_waiting_; // prefetched and not used yet
+    std::vector<int32_t> ahead_;      // prefetched for the step at hand
+    std::vector<int32_t> seed_ids_;   // rows kept by bypass()
     int32_t              n_seed_rows_ = 0;
 
     // scratch of one op

@@ -32,6 +32,9 @@ void fate_engine::measure() {
     tried_.assign(gpus_.size(), 0);
     scores_.resize(blocks_.size() * static_cast<size_t>(max_experts_));
     bonus_.resize(blocks_.size());
+    if (config_.prefetch && config_.mode == FATE_MODE_TABLE) {
+        chances_.resize(scores_.size());
+    }
 }
 
 // Of each GPU what is free now and may be taken.
@@ -184,8 +187,12 @@ void fate_engine::open_devices() {
         config.wants_steps = wants_steps_;
         config.weights     = config_.weights != 0;
         config.throttle    = config_.throttle;
-        config.asker       = callback_ ? this : nullptr;
-        config.timeout_ns  = static_cast<int64_t>(config_.miss_timeout_seconds * 1e9);
+        if (!chances_.empty()) {
+            config.prefetch_experts   = config_.prefetch_experts;
+            config.prefetch_threshold = config_.prefetch_threshold;
+        }
+        config.asker      = callback_ ? this : nullptr;
+        config.timeout_ns = static_cast<int64_t>(config_.miss_timeout_seconds * 1e9);
         std::vector<ggml_backend_buffer_t> buffers;
         std::vector<block *>               served;
         for (size_t i = 0; i < blocks_.size(); ++i) {

@@ -98,7 +98,7 @@ static int32_t on_step(void * user, fate_engine *, const fate_step * step, float
 
 // One step is expected more than was handed over.
 static int32_t on_expect(void * user, fate_engine *, int32_t n_tokens, const int32_t * tokens, const int32_t *, const int32_t * sequences,
-                         float * scores, float * bonus, int32_t * published) {
+                         float * scores, float * bonus, int32_t * published, float *, int32_t *) {
     user_data * data = static_cast<user_data *>(user);
     CHECK(data->expected == data->steps - data->steps_before);
     ++data->expected;
