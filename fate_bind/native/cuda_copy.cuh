@@ -4,7 +4,7 @@
 #include "cuda_layer.cuh"
 
 // Test builds: a missed expert's slot, and what the copy engine fills of staging, first holds NaNs, and the bytes come late. Whoever reads too early is found out.
-#if defined(FATE_FAULT_LATE_FILLS) || defined(FATE_FAULT_NOT_AWAITED)
+#if defined(FATE_FAULT_LATE_FILLS) || defined(FATE_FAULT_NOT_AWAITED) || defined(FATE_FAULT_VICTIM_IN_FLIGHT)
 #    define FATE_LATE_FILLS
 #endif
 
@@ -19,6 +19,10 @@ struct fate_cuda_piece {
 // Units that one launch walks for one expert of a tensor. A wide one begins at the line of host memory that the expert begins in, so that warps read whole
 // lines over the link: of a file they are rarely aligned (47 against 50 GB/s on PCIe 5).
 static const int FATE_CUDA_LINE_UNITS = 8; // 128 bytes
+
+static __device__ __forceinline__ uint32_t fate_lead(const char * expert) {
+    return reinterpret_cast<uintptr_t>(expert) / 16 % FATE_CUDA_LINE_UNITS;
+}
 
 template <fate_cuda_copy KIND, bool WIDE> static __device__ __forceinline__ uint32_t fate_span(const fate_cuda_tensor & tensor) {
     const uint32_t n = tensor.n_units + (KIND == FATE_COPY_STAGE ? tensor.n_tail : 0);
@@ -49,7 +53,7 @@ static __device__ __forceinline__ fate_cuda_piece fate_load(const fate_cuda_laye
     piece.to    = nullptr;
     piece.width = static_cast<int>(width);
     if (WIDE) {
-        unit -= reinterpret_cast<uintptr_t>(tensor.source + expert * tensor.expert_bytes) / 16 % FATE_CUDA_LINE_UNITS;
+        unit -= fate_lead(tensor.source + expert * tensor.expert_bytes);
         if (unit >= tensor.n_units + (KIND == FATE_COPY_STAGE ? tensor.n_tail : 0)) { // before the expert, or behind it
             return piece;
         }

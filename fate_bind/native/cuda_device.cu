@@ -4,6 +4,7 @@
 #include "cuda_check.h"
 #include "cuda_kernels.cuh"
 #include "cuda_launch.h"
+#include "cuda_prefetch.h"
 #include "cuda_ring.h"
 #include "device.h"
 #include "pin.h"
@@ -71,6 +72,7 @@ public:
     std::string      end(int which) override;
     void             collect(int which, fate_record & record) override;
     void             publish(const float * scores, int32_t stride, const float * bonus, bool behind) override;
+    std::string      prefetch(const float * chance, int32_t stride, bool waits) override;
     void             get_counters(std::vector<int64_t> & counters) const override;
     void             get_launches(int64_t & launches, int64_t & captures) const override;
     fate_device_asks get_asks() const override;
@@ -91,6 +93,8 @@ private:
     void           note_launch();
     void           fail(ggml_tensor * dst);
     const void *   on_device(const void * p) const;
+
+    size_t n_all() const { return 1 + static_cast<size_t>(config_.layers.back().index); } // layers that scores are told of
 
     size_t pairs(int32_t n_tokens) const { return layers_.size() * static_cast<size_t>(n_tokens) * max_k_; }
 
@@ -116,9 +120,10 @@ private:
     fate_cuda_event               is_published_[2];
     int64_t                       n_published_ = 0;
 
-    std::unique_ptr<fate_cuda_bulk> bulk_;
+    std::unique_ptr<fate_cuda_bulk>     bulk_;
+    std::unique_ptr<fate_cuda_prefetch> prefetch_; // null: none
 
-    cudaStream_t stream_       = nullptr; // of the backend, known from the first launch on
+    cudaStream_t stream_       = nullptr;          // of the backend, known from the first launch on
     int32_t      n_tokens_     = 0;
     int32_t      tokens_in_[2] = { 0, 0 };
     int          last_         = -1; // the buffer of the last step, -1: none since the reset
@@ -265,6 +270,12 @@ void fate_cuda_device::bind(const fate_device_config & config) {
         index[i]         = from.index;
         most             = std::max(most, from.index);
     }
+    if (config.prefetch_experts > 0 && !ring_ && !callback_) {
+        prefetch_ = std::make_unique<fate_cuda_prefetch>(n, max_experts_, config.prefetch_experts, config.prefetch_threshold);
+        for (size_t i = 0; i < n; ++i) {
+            prefetch_->bind(layers_[i], i);
+        }
+    }
     device_layers_.allocate(n);
     index_.allocate(n);
     FATE_CUDA(cudaMemcpy(device_layers_.data, layers_.data(), n * sizeof(fate_cuda_layer), cudaMemcpyHostToDevice));
@@ -291,6 +302,9 @@ void fate_cuda_device::reset() {
     FATE_CUDA(cudaMemsetAsync(maps_.data, 0xff, 2 * layers_.size() * max_experts_ * sizeof(int32_t), stream_));
     FATE_CUDA(cudaMemsetAsync(state_.data, 0, state_bytes_, stream_));
     FATE_CUDA(cudaMemsetAsync(back_.data, 0, config_.wants_steps ? p.fills : p.steps, stream_));
+    if (prefetch_) {
+        prefetch_->reset(stream_);
+    }
     if (!stream_) {
         FATE_CUDA(cudaDeviceSynchronize());
     }
@@ -316,6 +330,9 @@ std::string fate_cuda_device::begin(int32_t n_tokens, bool first_is_bulk) {
         if (config_.wants_steps) { // layers that the step leaves out say so
             FATE_CUDA(cudaMemsetAsync(back_.data + parts_of(0).steps, 0, layers_.size() * sizeof(fate_cuda_step), stream_));
         }
+        if (prefetch_) {
+            prefetch_->begin(device_layers_.data, stream_);
+        }
         bulk_->begin(first_is_bulk, stream_);
         return "";
     } catch (const fate_error & e) {
@@ -326,7 +343,9 @@ std::string fate_cuda_device::begin(int32_t n_tokens, bool first_is_bulk) {
 void fate_cuda_device::enqueue(uint8_t path, const fate_cuda_layer & layer, const fate_cuda_call & call) {
     if (path == FATE_PATH_POOL) {
         const auto bring = ring_ ? (callback_ ? fate_bring<false, true, true> : fate_bring<false, false, true>) :
-                                   (callback_ ? fate_bring<false, true> : fate_bring<false>);
+                                   (callback_ ? fate_bring<false, true> :
+                                    prefetch_ ? fate_bring<false, false, false, true> :
+                                                fate_bring<false>);
         fate_cuda_launch(bring, FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, fate_bring_bytes(layer.n_experts), stream_, chains_, layer, call);
         return;
     }
@@ -473,9 +492,8 @@ void fate_cuda_device::publish(const float * scores, int32_t stride, const float
     const device_scope scope(ordinal_);
     const int          which   = static_cast<int>(n_published_++ % 2);
     const float *      on_host = nullptr;
-    size_t             n_all   = 0;
+    const size_t       n_all   = this->n_all();
     if (scores) {
-        n_all              = 1 + static_cast<size_t>(config_.layers.back().index);
         const size_t bytes = n_all * (stride + 1) * sizeof(float);
         if (!scores_[which].data) {
             scores_[which].allocate(bytes);
@@ -493,6 +511,22 @@ void fate_cuda_device::publish(const float * scores, int32_t stride, const float
     FATE_CUDA(cudaEventRecord(is_published_[which].handle, stream_));
     if (!stream_) {
         FATE_CUDA(cudaDeviceSynchronize());
+    }
+}
+
+std::string fate_cuda_device::prefetch(const float * chance, int32_t stride, bool waits) {
+    if (!prefetch_) {
+        return "";
+    }
+    try {
+        const device_scope scope(ordinal_);
+        prefetch_->launch(device_layers_.data, index_.data, chance, n_all(), stride, waits, stream_);
+        if (!stream_) { // nothing has run: the backend's stream is not known
+            FATE_CUDA(cudaDeviceSynchronize());
+        }
+        return "";
+    } catch (const fate_error & e) {
+        return e.what();
     }
 }
 

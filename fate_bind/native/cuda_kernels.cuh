@@ -8,6 +8,7 @@
 
 #include "cuda_copy.cuh"
 #include "cuda_mailbox.cuh"
+#include "cuda_prefetch.cuh"
 #include "cuda_ring.cuh"
 
 #include <climits>
@@ -50,9 +51,9 @@ static __device__ int fate_first_seed_row(const fate_cuda_layer & layer, int32_t
     return __syncthreads_count(is_pair && tid % layer.k == 0 && is_too_many);
 }
 
-// Thread pair of block 0, when every expert that the op needs has a slot.
+// Thread pair of block 0, when every expert that the op needs has a slot. n_waiting: of the layer's experts that were prefetched and not used yet.
 static __device__ __forceinline__ void fate_hit(const fate_cuda_layer & layer, const fate_cuda_call & call, int pair, int64_t clock,
-                                                int32_t expert, int32_t slot) {
+                                                int32_t expert, int32_t slot, int32_t n_waiting) {
     const int n_pairs = call.n_rows * layer.k;
     if (pair < n_pairs) {
         const int row                  = pair / layer.k;
@@ -60,6 +61,9 @@ static __device__ __forceinline__ void fate_hit(const fate_cuda_layer & layer, c
         call.out[row * layer.k + rank] = slot;
         fate_max(&layer.last_use[expert], clock + pair + 1);
         fate_note(layer, call, row, rank, expert, true);
+        if (n_waiting > 0 && fate_end_waiting(layer, expert)) {
+            fate_add(&layer.counters[FATE_COUNTER_PREFETCH_USEFUL], 1);
+        }
     }
     if (pair == 0) {
         layer.head->clock = clock + n_pairs;
@@ -73,21 +77,22 @@ static __device__ __forceinline__ void fate_hit(const fate_cuda_layer & layer, c
 }
 
 // SEED false: the pool path's op. SEED true: admits experts of the call's last rows after a staged op, from staging; nothing is used or looked up.
-// ASK: callback mode, the host names the victims. RING: experts come through the ring.
-template <bool SEED, bool ASK = false, bool RING = false>
+// ASK: callback mode, the host names the victims. RING: experts come through the ring. AHEAD: some were brought in beside the step.
+template <bool SEED, bool ASK = false, bool RING = false, bool AHEAD = false>
 static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __grid_constant__ fate_cuda_layer layer,
                                                                        const __grid_constant__ fate_cuda_call  call) {
-    extern __shared__ int64_t s_last_use[];                                              // by slot
-    const int32_t             cap         = fate_bring_cap(layer.n_experts);
-    float * const             s_key       = reinterpret_cast<float *>(s_last_use + cap); // by slot
-    int32_t * const           s_slot_of   = reinterpret_cast<int32_t *>(s_key + cap);
-    int32_t * const           s_first     = s_slot_of + cap;                             // the first use in the op, INT_MAX: not needed
-    int32_t * const           s_expert_of = s_first + cap;                               // -1: free, -2: needed
-    int32_t * const           s_missing   = s_expert_of + cap;
-    int32_t * const           s_target    = s_missing + cap;                             // slots for the missing
-    int32_t * const           s_before    = s_target + cap;                              // by slot: candidates that go first
-    __shared__ int            s_scratch[33];
-    __shared__ unsigned       s_arrived;
+    extern __shared__ int64_t  s_last_use[];                                              // by slot
+    const int32_t              cap         = fate_bring_cap(layer.n_experts);
+    float * const              s_key       = reinterpret_cast<float *>(s_last_use + cap); // by slot
+    int32_t * const            s_slot_of   = reinterpret_cast<int32_t *>(s_key + cap);
+    int32_t * const            s_first     = s_slot_of + cap;                             // the first use in the op, INT_MAX: not needed
+    int32_t * const            s_expert_of = s_first + cap;                               // -1: free, -2: needed
+    int32_t * const            s_missing   = s_expert_of + cap;
+    int32_t * const            s_target    = s_missing + cap;                             // slots for the missing
+    int32_t * const            s_before    = s_target + cap;                              // by slot: candidates that go first
+    __shared__ int             s_scratch[33];
+    __shared__ unsigned        s_arrived;
+    __shared__ fate_cuda_ahead s_ahead;
 
     // the tables were last changed in another step: they are read before what runs before has ended
     fate_pdl_launch_next();
@@ -98,6 +103,14 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
     bool          is_pair   = tid < n_pairs;
     const int     row       = tid / layer.k;
     const int     rank      = layer.k - 1 - tid % layer.k; // uses are ordered by row, then from the worst rank
+    int32_t       n_ahead   = 0;
+    int32_t       n_waiting = 0;
+    if constexpr (AHEAD) {
+        n_waiting = layer.plan->n_waiting;
+        if (tid == 0) {
+            s_ahead.n = fate_close(*layer.plan);
+        }
+    }
     if (is_expert) {
         s_slot_of[tid] = layer.slot_of[tid];
         s_first[tid]   = INT_MAX;
@@ -107,14 +120,17 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
     }
     __syncthreads();
     fate_pdl_wait();
+    if constexpr (AHEAD) {
+        n_ahead = s_ahead.n;
+    }
 
-    if (!SEED && n_pairs <= 32) { // one token: every warp looks at all of it, so that a hit passes no barrier
+    if (!SEED && n_pairs <= 32 && n_ahead == 0) { // one token: every warp looks at all of it, so that a hit passes no barrier
         const int     lane = tid % 32;
         const int32_t id   = lane < n_pairs ? fate_id(call, lane / layer.k, layer.k - 1 - lane % layer.k) : 0;
         const int32_t at   = s_slot_of[id];
         if (!__any_sync(0xffffffff, lane < n_pairs && at < 0)) {
             if (blockIdx.x == 0 && tid < 32) {
-                fate_hit(layer, call, tid, clock, id, at);
+                fate_hit(layer, call, tid, clock, id, at, n_waiting);
             }
             return;
         }
@@ -124,17 +140,34 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
         const int first = fate_first_seed_row(layer, expert, is_pair, s_missing, s_scratch);
         is_pair         = is_pair && row >= first;
     }
+    if (n_ahead > 0) {
+        if (is_pair) {
+            atomicMin(&s_first[expert], tid);
+        }
+        __syncthreads();
+        fate_take(layer, s_ahead, s_first, s_slot_of);
+        __syncthreads();
+    }
     const int32_t slot = s_slot_of[expert];
-    if (!__syncthreads_or(is_pair && slot < 0)) {
+    if (!__syncthreads_or(is_pair && slot < 0) && n_ahead == 0) {
         if (!SEED && blockIdx.x == 0) {
-            fate_hit(layer, call, tid, clock, expert, slot);
+            fate_hit(layer, call, tid, clock, expert, slot, n_waiting);
         }
         return;
     }
 
     // who is missing, in order of first use
-    const int32_t held = tid < layer.n_slots ? layer.expert_of[tid] : -1;
-    fate_rank     mine = { 0.0f, 0, held };
+    int32_t held    = tid < layer.n_slots ? layer.expert_of[tid] : -1;
+    bool    is_kept = false; // brought in for this op, needed or not
+    if (n_ahead > 0 && tid < layer.n_slots) {
+        const int at = fate_ahead_in(s_ahead, tid);
+        is_kept      = at >= 0;
+        held         = is_kept ? s_ahead.entries[at].expert : held;
+    }
+#if defined(FATE_FAULT_VICTIM_IN_FLIGHT)
+    is_kept = false;
+#endif
+    fate_rank mine = { 0.0f, 0, held };
     if (held >= 0) {
         fate_table table;
         table.last_use     = layer.last_use;
@@ -148,7 +181,7 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
     }
     __syncthreads();
     if (tid < layer.n_slots) {
-        s_expert_of[tid] = held >= 0 && s_first[held] != INT_MAX ? -2 : held;
+        s_expert_of[tid] = held >= 0 && (s_first[held] != INT_MAX || is_kept) ? -2 : held;
         s_key[tid]       = mine.key;
         s_last_use[tid]  = mine.last_use;
         s_before[tid]    = 0;
@@ -203,6 +236,12 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
     if (tid == 0) {
         arrived = atomicAdd(&layer.head->arrived, 1);
     }
+    if constexpr (AHEAD) {
+        if (tid == 0) {
+            atomicAdd(layer.n_demands, 1);
+        }
+        fate_copy_needed(layer, s_ahead);
+    }
     const uint64_t began = layer.ns_per_expert > 0 ? fate_now_ns() : 0;
     if constexpr (RING && !SEED) {
         fate_ring_bring<false>(layer, n_missing, s_missing, s_target);
@@ -215,8 +254,18 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
         }
     }
     __syncthreads();
+    if constexpr (AHEAD) {
+        if (tid == 0) {
+            atomicSub(layer.n_demands, 1);
+        }
+    }
     if (s_arrived != gridDim.x - 1) {
         return;
+    }
+    int2 n_entered = { 0, 0 }; // experts that were kept, and that went for them: before those missing
+    if (n_ahead > 0) {
+        n_entered = fate_enter(layer, s_ahead);
+        __syncthreads();
     }
     if (tid < n_missing) {
         const int32_t to    = s_target[tid];
@@ -224,30 +273,38 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
         const int32_t enter = s_missing[tid];
         if (out >= 0) {
             layer.slot_of[out] = -1;
+            if (layer.waiting && fate_end_waiting(layer, out)) {
+                fate_add(&layer.counters[FATE_COUNTER_PREFETCH_WASTED], 1);
+            }
         }
         layer.expert_of[to]  = enter;
         layer.slot_of[enter] = to;
         s_slot_of[enter]     = to;
         if (layer.step) {
-            layer.fills[tid] = enter;
+            layer.fills[n_entered.x + tid] = enter;
             if (tid >= n_free) {
-                layer.evictions[tid - n_free] = out;
+                layer.evictions[n_entered.y + tid - n_free] = out;
             }
         }
     }
     int n_whole = 0;
+    int n_late  = 0;
     if constexpr (!SEED) {
         if (tid < call.n_rows) {
             s_before[tid] = 0; // from here on by row: a miss
         }
-        __syncthreads();
-        if (is_miss) {
-            s_before[row] = 1;
-        }
+        n_late            = __syncthreads_count(n_ahead > 0 && is_pair && s_first[expert] == tid && fate_is_late(s_ahead, expert));
+        const bool is_hit = !is_miss && !(n_late > 0 && is_pair && s_first[expert] == tid && fate_is_late(s_ahead, expert));
         if (is_pair) {
+            if (!is_hit) {
+                s_before[row] = 1;
+            }
             call.out[row * layer.k + rank] = s_slot_of[expert];
             fate_max(&layer.last_use[expert], clock + tid + 1);
-            fate_note(layer, call, row, rank, expert, !is_miss);
+            fate_note(layer, call, row, rank, expert, is_hit);
+            if (n_waiting > 0 && is_hit && fate_end_waiting(layer, expert)) {
+                fate_add(&layer.counters[FATE_COUNTER_PREFETCH_USEFUL], 1);
+            }
         }
         __syncthreads();
         n_whole = __syncthreads_count(tid < call.n_rows && s_before[tid] == 0);
@@ -263,8 +320,8 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
             fate_add(&layer.counters[FATE_COUNTER_SEED_FILLS], n_missing);
         } else {
             layer.head->clock = clock + n_pairs;
-            fate_add(&layer.counters[FATE_COUNTER_HITS], n_pairs - n_missing);
-            fate_add(&layer.counters[FATE_COUNTER_MISSES], n_missing);
+            fate_add(&layer.counters[FATE_COUNTER_HITS], n_pairs - n_missing - n_late);
+            fate_add(&layer.counters[FATE_COUNTER_MISSES], n_missing + n_late);
             fate_add(&layer.counters[FATE_COUNTER_ROWS], call.n_rows);
             fate_add(&layer.counters[FATE_COUNTER_ROWS_ALL_RESIDENT], n_whole);
         }
@@ -273,8 +330,8 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
                 layer.step->path   = FATE_PATH_POOL;
                 layer.step->n_rows = call.n_rows;
             }
-            layer.step->n_fills     = n_missing;
-            layer.step->n_evictions = n_victims;
+            layer.step->n_fills     = n_entered.x + n_missing;
+            layer.step->n_evictions = n_entered.y + n_victims;
         }
     }
 }

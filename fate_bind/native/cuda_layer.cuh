@@ -40,6 +40,8 @@ struct fate_cuda_step {
     int32_t n_evictions;
 };
 
+struct fate_cuda_plan; // cuda_prefetch.cuh
+
 struct fate_cuda_layer {
     int32_t index; // among all layers
     int32_t n_experts;
@@ -54,11 +56,16 @@ struct fate_cuda_layer {
     int64_t *        last_use;
     float *          score;
     fate_cuda_head * head;
-    int64_t *        counters; // [FATE_N_COUNTERS]; routed and bytes follow from the others
-    fate_desk *      desk;     // callback mode: where the host is asked
-    fate_ring_desk * ring;     // where experts come from if not straight from the source
+    int64_t *        counters;  // [FATE_N_COUNTERS]; routed and bytes follow from the others
+    fate_desk *      desk;      // callback mode: where the host is asked
+    fate_ring_desk * ring;      // where experts come from if not straight from the source
 
-    fate_cuda_step * step;     // null: not recorded
+    fate_cuda_plan * plan;      // null: nothing is prefetched
+    int32_t *        waiting;   // [n_experts], 1: prefetched and not used yet
+    uint32_t *       n_demands; // blocks of the device that copy what an op waits for
+    uint32_t         n_pieces;  // of an expert
+
+    fate_cuda_step * step;      // null: not recorded
     int32_t *        fills;
     int32_t *        evictions;
 
