@@ -10,7 +10,17 @@ from bench.models import Shape
 
 VANILLA = ("cpu-moe", "stream", "fit", "ncmoe")
 SAME_VRAM = ("fit", "ncmoe")
-OURS = ("lru", "frequency", "classifier", "callback", "python-lru")
+OURS = (
+    "lru",
+    "frequency",
+    "classifier",
+    "callback",
+    "python-lru",
+    "lru+token",
+    "classifier+token",
+    "oracle",
+)
+LEARNED = ("classifier", "lru+token", "classifier+token")
 CONTEXT, UBATCH = 4096, 2048
 LOADS = {
     "mmap": ["--load-mode", "mmap"],
@@ -41,6 +51,10 @@ class Arm:
     @property
     def is_ours(self) -> bool:
         return self.kind in OURS
+
+    @property
+    def prefetches(self) -> bool:
+        return self.kind == "oracle" or self.kind.endswith("+token")
 
     def slots(self, shape: Shape) -> int:
         if self.at == ALL_BUT_ONE:
@@ -97,7 +111,10 @@ def job(arm: Arm, shape: Shape, settings: dict[str, Any], place: dict[str, Any])
         made |= {"slots": arm.slots(shape), "throttle": settings.get("throttle")}
         made["mode"] = "callback" if arm.kind == "callback" else "table"
         made["policy"] = {"callback": "lru", "python-lru": "bench.policies:PythonLRU"}.get(arm.kind, arm.kind)
-        if arm.kind == "classifier":
+        if arm.kind in LEARNED:
             made["classifier"] = settings["classifier"]
+            made["evict_by"] = "lru" if arm.kind == "lru+token" else "scores"
+        if arm.prefetches:
+            made["prefetch"] = "token"
     made["flags"] = flags
     return made

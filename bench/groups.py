@@ -82,7 +82,10 @@ def _groups() -> list[Group]:
             )
     overhead = ["resident", f"lru@{ALL_BUT_ONE}", "lru@50", "python-lru@50"]
     made.append(Group("qwen3-overhead", "qwen3", overhead, prompts=()))
+    kinds = ("lru", "lru+token", "classifier", "classifier+token", "oracle")
     for model in ("qwen3", "gptoss"):
+        names = ["resident", *(f"{kind}@{at}" for at in ("50", "25", "75", "12.5") for kind in kinds)]
+        made.append(Group(f"{model}-ahead", model, names, prompts=()))
         names = ["resident", f"lru@{ALL_BUT_ONE}"]
         made.append(Group(f"{model}-hits", model, names, prompts=(), spares_last=True))
     kv = ["resident", "cpu-moe", "lru@50", "ncmoe@50", "fit@50"]

@@ -22,6 +22,8 @@ COLUMNS = {
     "vs_vanilla": "x best vanilla",
     "hits": "hits",
     "all_resident": "all k",
+    "ahead": "ahead/token",
+    "useful": "useful",
     "mb_token": "MB/token",
     "link": "link use",
     "model": "x link model",
@@ -37,6 +39,8 @@ DECIMALS = {
     "vs_vanilla": 2,
     "hits": 3,
     "all_resident": 3,
+    "ahead": 1,
+    "useful": 3,
     "mb_token": 1,
     "link": 2,
     "model": 3,
@@ -138,6 +142,9 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
             row["policy_ms"] = (
                 1e3 * median(s["policy_seconds"] / len(s["ms"]) for s in found["rounds"]) if speeds else None
             )
+            if arm.prefetches and speeds:
+                row["ahead"] = _mean(found, "prefetches")
+                row["useful"] = _mean(found, "prefetch_useful", "prefetches")
             if link and own and bytes_token is not None:
                 row["link"] = bytes_token * own / link
                 if of_resident:

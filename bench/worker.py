@@ -7,10 +7,13 @@ import sys
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from bench.policies import Oracle
 
 WARM_UP = 16
 """Decoded before each round: the graph is captured again after a prompt or a clear."""
@@ -80,11 +83,13 @@ class _Arm:
             margin = max(0, before[0] - wanted) >> 20 if before else 1024
             flags += ["-fit", "on", "-fitt", str(margin)]
         self.tokens: NDArray[np.int32] | None = None
+        self.oracle: Oracle | None = None
         if routing is not None:
             with np.load(routing) as file:
-                ids = np.ascontiguousarray(file["ids"], np.int32)
+                self.ids = np.ascontiguousarray(file["ids"], np.int32)
                 self.tokens = file["tokens"]
-            library.check(self.lib.fate_replay_routing(ffi.from_buffer("int32_t[]", ids), *ids.shape))
+            pointer = ffi.from_buffer("int32_t[]", self.ids)
+            library.check(self.lib.fate_replay_routing(pointer, *self.ids.shape))
         more: dict[str, Any] = {}
         if job.get("throttle"):
             more["throttle_gbps"] = job["throttle"]
@@ -95,6 +100,7 @@ class _Arm:
             slots=job["slots"],
             mode=job["mode"],
             place=job["place"],
+            prefetch=job.get("prefetch"),
             **more,
         )
         self.before = before
@@ -111,11 +117,16 @@ class _Arm:
         }
 
     def _policy(self, job: dict[str, Any]) -> Any:
+        if job["policy"] == "oracle":
+            from bench.policies import Oracle
+
+            self.oracle = Oracle(self.ids)
+            return self.oracle
         if "classifier" not in job:
             return job["policy"]
         from fate_policy.classifier import Classifier
 
-        return Classifier(model=job["classifier"])
+        return Classifier(model=job["classifier"], evict_by=job["evict_by"])
 
     def vram(self) -> int | None:
         """Return what the device lost since before the model was opened, CUDA's context not counted."""
@@ -142,12 +153,12 @@ class _Arm:
         self._seek(first)
         tokens = self._rows(first, row - first + n)
         for i in range(row - first):
-            session._decode(tokens[i : i + 1], None, None, None, None)
+            self._step(tokens, i, first + i)
         before, policy = session.counters().totals(), session.stats()["policy_seconds"]
         seconds = np.empty(n)
         for i in range(n):
             began = time.perf_counter()
-            session._decode(tokens[row - first + i : row - first + i + 1], None, None, None, None)
+            self._step(tokens, row - first + i, row + i)
             seconds[i] = time.perf_counter() - began
         after, stats = session.counters().totals(), session.stats()
         return {
@@ -159,6 +170,11 @@ class _Arm:
 
     def close(self) -> None:
         self.session.close()
+
+    def _step(self, tokens: NDArray[np.int32], at: int, row: int) -> None:
+        if self.oracle is not None:
+            self.oracle.row = row
+        self.session._decode(tokens[at : at + 1], None, None, None, None)
 
     def _seek(self, row: int) -> None:
         if self.tokens is not None:

@@ -121,11 +121,11 @@ static __device__ void fate_copy_unclaimed(const fate_cuda_layer & layer, const 
         fate_copy_piece(layer, entry, piece);
         __syncthreads();
         if (threadIdx.x == 0) {
-            __threadfence();
-            atomicAdd(&layer.plan->done[at], 1);
             const float ns = layer.ns_per_expert * static_cast<float>(gridDim.x) / static_cast<float>(layer.n_pieces);
             while (began && static_cast<float>(fate_now_ns() - began) < ns) {
             }
+            __threadfence();
+            atomicAdd(&layer.plan->done[at], 1);
         }
     }
 }

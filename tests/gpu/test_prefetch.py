@@ -1,0 +1,157 @@
+"""On a GPU, experts brought in beside the running step: whatever is predicted, the bits stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from gpu.test_exact import ARGS, N_EXPERTS, N_LAYERS, RESIDENT, K, Logits
+from numpy.typing import NDArray
+
+from fate_bind.session import Session
+from fate_policy.base import Policy, Step
+from fate_policy.counters import Counters
+from fate_policy.errors import PolicyError
+
+pytestmark = [pytest.mark.gpu, pytest.mark.model]
+
+TOKENS = [(i * 977 + 31) % 4000 for i in range(120)]
+N_PROMPT = 20  # staged
+Chances = NDArray[np.float32]
+
+
+class Forged(Policy):
+    """LRU with predictions of a kind: of the experts that the token before used, and of others."""
+
+    def __init__(
+        self, *, make: Callable[[NDArray[np.int32], np.random.Generator], Chances], seed: int = 0
+    ) -> None:
+        self.make = make
+        self.seed = seed
+
+    def start(self, geometry: object) -> None:
+        self._rng = np.random.default_rng(self.seed)
+
+    def predict(self, step: Step, token_id: int) -> tuple[NDArray[np.int32], Chances]:
+        chances = self.make(step.ids[-1], self._rng)
+        order = np.argsort(-chances, axis=1, kind="stable").astype(np.int32)
+        return order, np.take_along_axis(chances, order, axis=1)
+
+
+def _none(ids: NDArray[np.int32], rng: np.random.Generator) -> Chances:
+    return np.zeros((N_LAYERS, N_EXPERTS), np.float32)
+
+
+def _all(ids: NDArray[np.int32], rng: np.random.Generator) -> Chances:
+    return np.ones((N_LAYERS, N_EXPERTS), np.float32)
+
+
+def _random(ids: NDArray[np.int32], rng: np.random.Generator) -> Chances:
+    return rng.random((N_LAYERS, N_EXPERTS), np.float32)
+
+
+def _before(ids: NDArray[np.int32], rng: np.random.Generator) -> Chances:
+    chances = 0.3 * _random(ids, rng)
+    np.put_along_axis(chances, ids[:, :K], 0.9, axis=1)
+    other = rng.integers(N_EXPERTS, size=(N_LAYERS, 3))
+    np.put_along_axis(chances, other, 0.6, axis=1)
+    return chances
+
+
+def _not_before(ids: NDArray[np.int32], rng: np.random.Generator) -> Chances:
+    chances = _random(ids, rng)
+    np.put_along_axis(chances, ids[:, :K], 0.0, axis=1)
+    return chances
+
+
+KINDS = {"none": _none, "all": _all, "random": _random, "before": _before, "not before": _not_before}
+
+
+def run(session: Session) -> Logits:
+    """A prompt, single tokens, a batch that the pool takes, and single tokens again."""
+    rows = [session.logits(TOKENS[:N_PROMPT])]
+    rows += [session.logits([token]) for token in TOKENS[N_PROMPT:90]]
+    rows += [session.logits(TOKENS[90:92])]
+    rows += [session.logits([token]) for token in TOKENS[92:]]
+    return np.concatenate(rows)
+
+
+@pytest.fixture(scope="module")
+def expected() -> Logits:
+    with Session(args=[*ARGS, *RESIDENT], fate=False, place=False) as session:
+        return run(session)
+
+
+@pytest.fixture(scope="module")
+def pooled() -> Iterator[Session]:
+    with Session(args=ARGS, fate=False) as session:
+        yield session
+
+
+def check(counters: Counters) -> None:
+    """The counters' own arithmetic, layer by layer."""
+    c = counters
+    assert (c.routed == c.hits + c.misses + c.staged + c.bypassed).all()
+    assert (c.fills == c.misses - c.prefetch_late + c.seed_fills + c.prefetches).all()
+    assert (c.prefetches >= c.prefetch_useful + c.prefetch_late + c.prefetch_wasted).all()
+
+
+@pytest.mark.parametrize("slots", [K, K + 1, 8, 16, N_EXPERTS - 1])
+@pytest.mark.parametrize("sync", [False, True], ids=["beside", "sync"])
+def test_predictions_change_no_bit(slots: int, sync: bool, pooled: Session, expected: Logits) -> None:
+    total = dict.fromkeys(("prefetches", "prefetch_useful", "prefetch_late", "prefetch_wasted"), 0)
+    for kind, make in KINDS.items():
+        with pooled.fork(
+            policy=Forged(make=make), slots=slots, prefetch="token", sync=sync, require=True
+        ) as session:
+            assert np.array_equal(run(session), expected), kind
+            session.check()
+            counters = session.counters()
+        check(counters)
+        totals = counters.totals()
+        if kind == "none" or slots == K:
+            assert totals["prefetches"] == 0
+        for name in total:
+            total[name] += totals[name]
+    if K + 1 < slots < N_EXPERTS - 1:
+        assert total["prefetches"] > 100
+        assert total["prefetch_useful"] > 0
+        assert total["prefetch_wasted"] > 0
+    if sync:
+        assert total["prefetch_late"] == 0
+
+
+def test_on_a_slow_link_some_are_late_and_some_cancelled(expected: Logits) -> None:
+    with Session(
+        args=ARGS, policy=Forged(make=_before), slots=12, prefetch="token", sync=False, throttle_gbps=0.2
+    ) as session:
+        assert np.array_equal(run(session), expected)
+        session.check()
+        totals = session.counters().totals()
+    check(session.counters())
+    assert totals["prefetches"] > 0
+    assert totals["prefetch_late"] > 0
+    assert totals["prefetch_cancelled"] > 0
+
+
+def test_a_policy_that_fails_is_left_for_lru(pooled: Session, expected: Logits) -> None:
+    asked = []
+
+    def fail(ids: NDArray[np.int32], rng: np.random.Generator) -> Chances:
+        asked.append(1)
+        if len(asked) == 30:
+            raise PolicyError("forged")
+        return _before(ids, rng)
+
+    n_raised = 0
+    with pooled.fork(policy=Forged(make=fail), slots=8, prefetch="token", sync=False) as session:
+        session.logits(TOKENS[:N_PROMPT])
+        for at in range(N_PROMPT, 90):
+            try:
+                assert np.array_equal(session.logits([TOKENS[at]])[0], expected[at])
+            except PolicyError:
+                n_raised += 1
+        session.check()
+    assert n_raised == 1
+    assert len(asked) == 30
