@@ -107,29 +107,33 @@ class LayerTable:
         return miss
 
     def bring(
-        self, uses: NDArray[np.int32], ask: Ask | None = None
+        self, uses: NDArray[np.int32], ask: Ask | None = None, kept: NDArray[np.int32] = _NONE
     ) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
         """Make all experts of `uses` resident; return which uses missed, and the evicted in order.
 
-        A miss takes the lowest free slot, then those of the victims that `ask` names, by default the rule's.
-        The uses are not stamped: `use` does that.
+        A miss takes the lowest free slot, then those of the victims that `ask` names, by default the rule's;
+        neither uses nor `kept` experts are victims. The uses are not stamped: `use` does that.
         """
         miss = self.misses(uses)
         absent = uses[miss]
         evicted = _NONE
         if len(absent):
-            slots = np.arange(self.n_resident, min(self.n_resident + len(absent), len(self.expert_of)))
-            n_victims = len(absent) - len(slots)
-            if n_victims:
+            n_victims = len(absent) - (len(self.expert_of) - self.n_resident)
+            if n_victims > 0:
                 pinned = np.zeros(len(self.slot_of), np.bool_)
-                pinned[uses] = True
+                pinned[uses] = pinned[kept] = True
                 evicted = (ask or self.victims)(n_victims, pinned)
-                slots = np.concatenate((slots, self.slot_of[evicted]))
-                self.slot_of[evicted] = -1
-            self.n_resident += len(absent) - n_victims
-            self.expert_of[slots] = absent
-            self.slot_of[absent] = slots
+            self.place(absent, evicted)
         return miss, evicted
+
+    def place(self, experts: NDArray[np.int32], evicted: NDArray[np.int32]) -> None:
+        """Put absent experts into the lowest free slots, in order, then into those of `evicted`."""
+        n_free = len(experts) - len(evicted)
+        slots = np.concatenate((np.arange(self.n_resident, self.n_resident + n_free), self.slot_of[evicted]))
+        self.slot_of[evicted] = -1
+        self.n_resident += n_free
+        self.expert_of[slots] = experts
+        self.slot_of[experts] = slots
 
     def victims(self, n: int, pinned: NDArray[np.bool_]) -> NDArray[np.int32]:
         resident = self.expert_of[: self.n_resident]

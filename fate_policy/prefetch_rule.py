@@ -1,0 +1,39 @@
+"""What a layer brings in before the token that needs it: `fate_bind/native/prefetch.h` again, for replay.
+
+Absent experts whose chance to be used by the coming token reaches the threshold come in, the likeliest first.
+They take free slots, then those of the first victims by the decision rule, but never that of an expert that
+is as likely. Replay must give the engine's counters, so a change here is a change there.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fate_policy.rule import LayerTable
+
+MOST = 16
+"""Experts that come in, at most, of a layer and token."""
+
+
+def room(wanted: int, n_slots: int, k: int) -> int:
+    """Return how many may come in, so that the token's own experts find slots beside them."""
+    return max(0, min(wanted, MOST, n_slots - k))
+
+
+def plan(
+    table: LayerTable, chance: NDArray[np.float32], threshold: float | np.float32, most: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return the experts that come in, in order, and the residents that go for the last of them, in order.
+
+    `chance` is float32 (n_experts,), compared as such with `threshold`. Those before take the free slots.
+    Changes no table.
+    """
+    likely = chance >= np.float32(threshold)
+    absent = (likely & (table.slot_of < 0)).nonzero()[0]
+    come = absent[np.argsort(-chance[absent], kind="stable")][:most].astype(np.int32)
+    n_victims = len(come) - (len(table.expert_of) - table.n_resident)
+    if n_victims <= 0:
+        return come, np.empty(0, np.int32)
+    go = table.victims(n_victims, likely)
+    return come[: len(come) - n_victims + len(go)], go
