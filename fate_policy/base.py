@@ -123,14 +123,14 @@ class Policy:
         """
 
     def admit(self, layer: int, experts: NDArray[np.int32]) -> None:
-        """Event: these experts came into slots. In table mode told just before `observe`.
+        """Event: these experts came into slots. In table mode told just before `observe`, if they stayed.
 
         In callback mode told at the miss; what a GPU decided without waiting longer is put right before
         `observe`: experts that stayed are admitted again, those that went are dropped.
         """
 
     def drop(self, layer: int, experts: NDArray[np.int32]) -> None:
-        """Event: these experts lost their slots. In table mode told just before `observe`."""
+        """Event: these experts lost their slots. In table mode told just before `observe`, if for good."""
 
     def scores(self, history: History) -> NDArray[np.float32] | None:
         """Question: what is each expert worth, shape (n_layers, max_experts)? Higher stays. None = LRU.
@@ -143,7 +143,9 @@ class Policy:
     def predict(self, step: Step, token_id: int) -> tuple[NDArray[np.int32], NDArray[np.float32]] | None:
         """Question: which experts will the token after the observed `step` use, most likely first?
 
-        Returns experts and their chances, both (n_layers, max_experts); None = this policy predicts nothing.
+        Returns experts and their chances from 0 to 1, both (n_layers, max_experts), each of 0 to
+        max_experts - 1 once a layer, also where a layer has fewer; None = nothing is predicted here. Asked
+        with `prefetch: token` before (`sync: true`) or beside a step of one token, after `expect` told it.
         """
         return None
 

@@ -36,10 +36,20 @@ def number(key: str, value: Any, *, above: float) -> float:
     return float(value)
 
 
-def integer(key: str, value: Any, *, minimum: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise bad_value(key, value, f"a whole number, {minimum} or more")
-    return value
+def share(key: str, value: Any) -> float:
+    """Return `value` as a float if it is a number from 0 to 1."""
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not plain or not 0 <= value <= 1:
+        raise bad_value(key, value, "a number from 0 to 1")
+    return float(value)
+
+
+def integer(key: str, value: Any, *, minimum: int, maximum: int | None = None) -> int:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < minimum or (maximum is not None and value > maximum):
+        allowed = f"{minimum} or more" if maximum is None else f"{minimum} to {maximum}"
+        raise bad_value(key, value, f"a whole number, {allowed}")
+    return int(value)
 
 
 def flag(key: str, value: Any) -> bool:

@@ -16,21 +16,32 @@ MOST_ROWS = 64
 """Of a larger step only the last rows are taken in: prompts tell little about generated text."""
 
 
+EVICT_BY = ("scores", "lru")
+
+
 class Classifier(Policy):
     """Evict the resident expert that is least likely to be used soon, as a fitted model sees it.
 
     The model's head is that for the nearest share of slots. With `sync: true` the scores are for the token
     about to run; else, and where that is not told, those of the token before it, with the model's bonus for
-    what it used. It goes on counting what each token uses, unless `learn` is false. `fate train` fits the
-    model.
+    what it used. It goes on counting what each token uses, unless `learn` is false. With `evict_by: lru` it
+    only predicts, for `prefetch: token`. `fate train` fits the model.
     """
 
-    def __init__(self, *, model: str | None = None, learn: bool = True, table_mb: float = 256) -> None:
+    def __init__(
+        self,
+        *,
+        model: str | None = None,
+        learn: bool = True,
+        table_mb: float = 256,
+        evict_by: str = "scores",
+    ) -> None:
         if not isinstance(model, str) or not model:
             raise checks.bad_value("model", model, "the path of a file that `fate train` wrote")
         self.model = model
         self.learn = checks.flag("learn", learn)
         self.table_mb = checks.number("table_mb", table_mb, above=0)
+        self.evict_by = checks.choice("evict_by", evict_by, EVICT_BY)
         self._loaded: Model | None = None
 
     @classmethod
@@ -85,7 +96,9 @@ class Classifier(Policy):
         self._prepare(token, sequence)
         self._expected, self._is_over, self._table = (token, sequence), False, None
 
-    def scores(self, history: History) -> NDArray[np.float32]:
+    def scores(self, history: History) -> NDArray[np.float32] | None:
+        if self.evict_by == "lru":
+            return None
         if self._table is None:  # here and not in the events: with refresh_tokens most tables are never asked
             kind = self._kind(history)
             self._table = self._scorers[kind](*self._inputs)
@@ -98,16 +111,15 @@ class Classifier(Policy):
         return self._heads[self._kind(history)].bonus
 
     def predict(self, step: Step, token_id: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        sequence = int(step.sequences[-1])
-        row, squeezed = self._inputs
-        self._inputs = (
-            row.copy(),
-            squeezed,
-        )  # `row` is a buffer, which the supposed token's features overwrite
-        with self._state.supposing(token_id, sequence):
-            chance = model.chance(self._scorers["now"](*self._asked()))
-        experts = np.argsort(-chance, axis=1, kind="stable").astype(np.int32)
-        return experts, np.take_along_axis(chance, experts, axis=1)
+        inputs = self._inputs
+        if self._is_over or self._expected is None or self._expected[0] != token_id:
+            # the features are a buffer, which the supposed token's overwrite
+            self._inputs = inputs[0].copy(), inputs[1]
+            with self._state.supposing(token_id, int(step.sequences[-1])):
+                inputs = self._asked()
+        odds = self._scorers["now"](*inputs)
+        experts = np.argsort(-odds, axis=1, kind="stable").astype(np.int32)
+        return experts, model.chance(np.take_along_axis(odds, experts, axis=1))
 
     def _kind(self, history: History) -> str:
         return "late" if self._is_over or history.acts_late else "keep"

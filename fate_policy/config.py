@@ -14,11 +14,12 @@ import numpy as np
 import yaml
 from numpy.typing import ArrayLike, NDArray
 
-from fate_policy import checks, registry
+from fate_policy import checks, prefetch_rule, registry
 from fate_policy.base import Policy
 from fate_policy.errors import PolicyConfigError
 
 MODES = ("table", "callback", "off")
+PREFETCHES = ("off", "token")
 
 _MAX_COUNT = 2**31 - 1  # the engine's int32
 _MAX_BYTES = 2**59
@@ -170,6 +171,20 @@ class Config:
     page_lock: bool = True
     vram: int | None = None
     vram_margin: int = 2**30
+    prefetch: str = "off"
+    prefetch_threshold: float = 0.5
+    prefetch_experts: int = 8
+
+    def __post_init__(self) -> None:
+        if self.prefetches and self.mode == "callback":
+            raise PolicyConfigError(
+                f"prefetch: {self.prefetch} works in table mode, and mode is callback here; use mode: table, "
+                "or prefetch: off"
+            )
+
+    @property
+    def prefetches(self) -> bool:
+        return self.prefetch != "off"
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, fit for JSON or YAML, that say what was resolved."""
@@ -184,6 +199,9 @@ class Config:
             "page_lock": self.page_lock,
             "vram": self.vram,
             "vram_margin": self.vram_margin,
+            "prefetch": self.prefetch,
+            "prefetch_threshold": self.prefetch_threshold,
+            "prefetch_experts": self.prefetch_experts,
         }
 
 
@@ -230,7 +248,8 @@ def load(path_or_name: str | Path = "lru", overrides: Mapping[str, Any] | None =
     vram = None if merged["vram"] is None else parse_size("vram", merged["vram"])
     if vram is not None and slots.kind != "auto":
         raise PolicyConfigError(f"vram: is for slots: auto, which takes what fits; slots is {slots} here")
-    mode = "off" if merged["mode"] is False else merged["mode"]  # YAML 1.1 reads a bare `off` as false
+    # YAML 1.1 reads a bare `off` as false
+    mode, prefetch = ("off" if merged[key] is False else merged[key] for key in ("mode", "prefetch"))
     return Config(
         policy=policy,
         params=dict(params),
@@ -242,6 +261,11 @@ def load(path_or_name: str | Path = "lru", overrides: Mapping[str, Any] | None =
         page_lock=checks.flag("page_lock", merged["page_lock"]),
         vram=vram,
         vram_margin=parse_size("vram_margin", merged["vram_margin"]),
+        prefetch=checks.choice("prefetch", prefetch, PREFETCHES),
+        prefetch_threshold=checks.share("prefetch_threshold", merged["prefetch_threshold"]),
+        prefetch_experts=checks.integer(
+            "prefetch_experts", merged["prefetch_experts"], minimum=1, maximum=prefetch_rule.MOST
+        ),
     )
 
 

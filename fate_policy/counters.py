@@ -20,20 +20,34 @@ PER_LAYER = (
     "bytes",
     "rows",
     "rows_all_resident",
+    "prefetches",
+    "prefetch_useful",
+    "prefetch_late",
+    "prefetch_wasted",
+    "prefetch_cancelled",
+    "prefetch_waited_ns",
 )
+TIMING = ("prefetch_waited_ns",)
+"""Of these, times: they differ from run to run and are not compared."""
 
 
 @dataclass(eq=False)
 class Counters:
-    """What happened in the pool. Arrays are int64 (n_layers,); equal only if every number is.
+    """What happened in the pool. Arrays are int64 (n_layers,); equal only if all but `TIMING` are.
 
     routed : routed pairs (token, expert) = hits + misses + staged + bypassed
-    misses : first uses of an absent expert within a step; its later uses are hits
-    fills : experts brought in = misses + seed_fills
+    misses : first uses within a step of an expert that is absent or still on its way; later uses are hits
+    fills : experts brought in = misses - prefetch_late + seed_fills + prefetches
     seed_fills : those brought in after a staged or bypassed step
     evictions : experts that lost their slot
     bytes : fills times the bytes of an expert of the layer
     rows, rows_all_resident : tokens on the pool path, and those of them without a miss
+    prefetches : experts brought in before they were asked for = useful + late + wasted + not used yet
+    prefetch_useful : of these, complete at their first use, which is a hit
+    prefetch_late : of these, still on their way at their first use
+    prefetch_wasted : of these, evicted before any use
+    prefetch_cancelled : planned, and not begun when their layer ran without them
+    prefetch_waited_ns : nanoseconds that layers waited for late ones
     tokens, steps : over all layers
     """
 
@@ -48,6 +62,12 @@ class Counters:
     bytes: NDArray[np.int64]
     rows: NDArray[np.int64]
     rows_all_resident: NDArray[np.int64]
+    prefetches: NDArray[np.int64]
+    prefetch_useful: NDArray[np.int64]
+    prefetch_late: NDArray[np.int64]
+    prefetch_wasted: NDArray[np.int64]
+    prefetch_cancelled: NDArray[np.int64]
+    prefetch_waited_ns: NDArray[np.int64]
     tokens: int = 0
     steps: int = 0
 
@@ -60,7 +80,9 @@ class Counters:
         if not isinstance(other, Counters):
             return NotImplemented
         return (self.tokens, self.steps) == (other.tokens, other.steps) and all(
-            np.array_equal(getattr(self, name), getattr(other, name)) for name in PER_LAYER
+            np.array_equal(getattr(self, name), getattr(other, name))
+            for name in PER_LAYER
+            if name not in TIMING
         )
 
     @property

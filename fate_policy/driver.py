@@ -32,6 +32,15 @@ def check_mode(policy: Policy, mode: str, *, replay: bool = False) -> None:
         )
 
 
+def check_prefetch(policy: Policy) -> None:
+    """Raise `PolicyConfigError` if the policy predicts nothing that could be brought in."""
+    if not overrides(policy, "predict"):
+        raise PolicyConfigError(
+            f"prefetch: policy {policy_name(policy)} has no predict(); use the classifier or another "
+            "policy that predicts, or prefetch: off"
+        )
+
+
 def overrides(policy: Policy, method: str) -> bool:
     """Tell whether the policy has a method of its own."""
     return getattr(type(policy), method) is not getattr(Policy, method)
@@ -60,6 +69,8 @@ class Driver:
         delay.
     replay
         True lets policies drive that know the future.
+    prefetch
+        Predictions are asked for, with `predict`; the policy must make some.
     """
 
     def __init__(
@@ -71,6 +82,7 @@ class Driver:
         *,
         sync: bool = True,
         replay: bool = False,
+        prefetch: bool = False,
     ) -> None:
         if not isinstance(policy, Policy):
             raise PolicyConfigError(f"{policy!r} is not a policy: it does not derive from fate_policy.Policy")
@@ -78,7 +90,9 @@ class Driver:
         self.refresh_tokens = checks.integer("refresh_tokens", refresh_tokens, minimum=1)
         check_mode(policy, mode, replay=replay)
         self.acts_late = not checks.flag("sync", sync) and mode == "table"
-        self.expects = overrides(policy, "expect")
+        if prefetch:
+            check_prefetch(policy)
+        self.expects = overrides(policy, "expect") or prefetch  # is told what comes
         self.policy = policy
         self.geometry = geometry
         self.policy_seconds = 0.0
@@ -108,6 +122,7 @@ class Driver:
         self._ranks = np.arange(1, self.geometry.max_k + 1)
         self._rows = list(zip(self._last_use, self._resident, strict=True))
         self._tokens_published = 0
+        self._last_step: Step | None = None
         self.history = History(
             last_use=_read_only(self._last_use),
             clock=_read_only(self._clock),
@@ -127,12 +142,14 @@ class Driver:
         self._stamp(step)
         self.history.tokens_seen += step.n_tokens
         self.history.steps_seen += 1
-        for moves, is_in in ((step.evictions, False), (step.fills, True)):
+        self._last_step = step
+        lost, came = self._net_moves(step)
+        for moves, is_in in ((lost, False), (came, True)):
             if len(moves):
                 self._settled[moves[:, 0], moves[:, 1]] = is_in
         if self.mode == "table":
-            self._tell("drop", step.evictions)
-            self._tell("admit", step.fills)
+            self._tell("drop", lost)
+            self._tell("admit", came)
         elif (self._settled != self._resident).any():
             self._correct()
         if "observe" in self._own:
@@ -148,6 +165,51 @@ class Driver:
             self._timed(self.policy.expect, int(tokens[0]), int(sequences[0]))
         if self.mode == "callback":
             self._refresh()
+
+    def predict(self, tokens: NDArray[np.int32], chances: NDArray[np.float32]) -> bool:
+        """Write into zeros (n_layers, max_experts) the chance that the coming step uses each expert.
+
+        False, and nothing is written: the step is not one of one token, it is the first, or the policy
+        predicts nothing here. Told after `expect` of the same tokens.
+        """
+        if len(tokens) != 1 or self._last_step is None:
+            return False
+        answer: Any = self._timed(self.policy.predict, self._last_step, int(tokens[0]))
+        if answer is None:
+            return False
+        places, ranked = self._checked_prediction(answer)
+        chances.reshape(-1)[places] = ranked
+        return True
+
+    def _checked_prediction(self, answer: Any) -> tuple[NDArray[np.integer], NDArray[np.float32]]:
+        """Return where in a table laid flat each chance belongs, and the chances, in the order of ranks."""
+        shape = self._scores.shape
+
+        def wrong(fault: str) -> PolicyError:
+            return PolicyError(f"policy {self._name}: predict() returned {fault}")
+
+        if not isinstance(answer, (tuple, list)) or len(answer) != 2:
+            raise wrong(f"{type(answer).__name__}; expected experts and their chances, or None")
+        experts = np.asarray(answer[0])
+        if experts.shape != shape or experts.dtype.kind not in "iu":
+            raise wrong(
+                f"experts {experts.dtype} of shape {experts.shape}; expected whole numbers of shape {shape}"
+            )
+        ranked = self._checked("predict", answer[1], shape)
+        if not (ranked.min(initial=0) >= 0 and ranked.max(initial=0) <= 1):  # neither if there is a NaN
+            layer, rank = np.argwhere(~((ranked >= 0) & (ranked <= 1)))[0]
+            raise wrong(f"chance {ranked[layer, rank]} at layer {layer}, rank {rank}; expected 0 to 1")
+        if experts.min(initial=0) < 0 or experts.max(initial=0) >= shape[1]:
+            layer, rank = np.argwhere((experts < 0) | (experts >= shape[1]))[0]
+            raise wrong(
+                f"expert {experts[layer, rank]} at layer {layer}, rank {rank}; expected 0 to {shape[1] - 1}"
+            )
+        places: NDArray[np.integer] = experts + self._first
+        times = np.bincount(places.ravel(), minlength=places.size)
+        if times.max(initial=1) > 1:
+            layer, expert = divmod(int(times.argmax()), shape[1])
+            raise wrong(f"expert {expert} of layer {layer} more than once; expected each one once")
+        return places, ranked
 
     def publish(self) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
         """Return scores (n_layers, max_experts) and bonus (n_layers,) to put in force now, or None.
@@ -231,6 +293,20 @@ class Driver:
         if not whole:
             raise self._wrong_victims(layer, answer, f"expected {n} whole numbers")
         return experts
+
+    def _net_moves(self, step: Step) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Return evictions and fills without experts that are in both: these are where they were before.
+
+        Prefetch makes such: it evicts an expert that the token then needs.
+        """
+        lost, came = step.evictions, step.fills
+        if len(lost) and len(came):
+            was_out, was_in = ~self._settled[lost[:, 0], lost[:, 1]], self._settled[came[:, 0], came[:, 1]]
+            if was_out.any() or was_in.any():
+                size = (self.geometry.max_experts, 1)
+                one, other = lost @ size, came @ size
+                return lost[~np.isin(one, other)], came[~np.isin(other, one)]
+        return lost, came
 
     def _correct(self) -> None:
         """Tell the policy what became of misses that the engine decided without its answer."""

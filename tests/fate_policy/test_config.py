@@ -30,7 +30,7 @@ def test_reference_is_the_defaults() -> None:
 def test_reference_has_a_block_for_every_built_in_policy() -> None:
     keys = yaml.safe_load(REFERENCE.read_text(encoding="utf-8"))
     general = {"policy", "mode", "slots", "vram", "vram_margin", "sync", "refresh_tokens", "params"}
-    general |= {"miss_timeout_seconds", "page_lock"}
+    general |= {"miss_timeout_seconds", "page_lock", "prefetch", "prefetch_threshold", "prefetch_experts"}
     assert set(keys) - general == set(registry.BUILT_IN)
 
 
@@ -47,6 +47,9 @@ def test_a_file_says_what_differs(tmp_path: Path) -> None:
         "page_lock": True,
         "vram": None,
         "vram_margin": 2**30,
+        "prefetch": "off",
+        "prefetch_threshold": 0.5,
+        "prefetch_experts": 8,
     }
     policy = make_policy(load(str(path)))
     assert isinstance(policy, Frequency)
@@ -69,6 +72,7 @@ def test_off_may_be_bare(tmp_path: Path) -> None:
     """YAML 1.1 reads a bare `off` as false."""
     assert load(written(tmp_path, "mode: off")).mode == "off"
     assert load("lru", {"mode": "off"}).mode == "off"
+    assert load(written(tmp_path, "prefetch: off")).prefetch == "off"
 
 
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
@@ -99,6 +103,19 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
             "miss_timeout_seconds: 0",
             "miss_timeout_seconds: 0 is not allowed; expected a number greater than 0",
         ),
+        (
+            "prefetch: tokens",
+            "prefetch: 'tokens' is not allowed; expected one of off, token; did you mean 'token'",
+        ),
+        ("prefetch: true", "prefetch: True is not allowed"),
+        ("prefetch_threshold: 1.5", "prefetch_threshold: 1.5 is not allowed; expected a number from 0 to 1"),
+        ("prefetch_threshold: .nan", "prefetch_threshold: nan is not allowed"),
+        ("prefetch_experts: 17", "prefetch_experts: 17 is not allowed; expected a whole number, 1 to 16"),
+        ("prefetch_experts: 0", "prefetch_experts: 0 is not allowed"),
+        (
+            "prefetch: token\nmode: callback",
+            "prefetch: token works in table mode, and mode is callback here; use mode: table, or",
+        ),
         ("frequency: 16", "frequency: 16 is not allowed; expected a mapping"),
         ("slots: many", "slots: 'many' is not allowed; expected a count"),
         ("params: {a: 1}", "params: is for own policies; write the parameters of lru under `lru:`"),
@@ -128,6 +145,11 @@ def test_bad_files(tmp_path: Path, text: str, fault: str) -> None:
             "half_life_tokens: 0 is not allowed; expected a number greater than 0",
         ),
         ("frequency", {"half_life_tokens": "16"}, "half_life_tokens: '16'"),
+        (
+            "classifier",
+            {"model": "m.npz", "evict_by": "fifo"},
+            "evict_by: 'fifo' is not allowed; expected one of scores, lru",
+        ),
         ("frequency", {"half_life_tokens": True}, "half_life_tokens: True"),
         ("frequency", {"half_life_tokens": float("inf")}, "half_life_tokens: inf"),
         ("frequency", {"lfru": "yes"}, "lfru: 'yes' is not allowed; expected true or false"),

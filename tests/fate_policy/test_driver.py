@@ -11,6 +11,7 @@ from fate_policy.base import Geometry, History, OfflinePolicy, Policy, Step
 from fate_policy.belady import Belady
 from fate_policy.driver import Driver
 from fate_policy.errors import PolicyConfigError, PolicyError
+from fate_policy.lru import LRU
 
 STEP = make_step(random_ids(3, SYNTHETIC, 1))
 PINNED = np.zeros(16, np.bool_)
@@ -349,3 +350,100 @@ def test_a_method_given_to_the_instance_alone_is_called_too() -> None:
     policy.observe = told.append  # type: ignore[method-assign]
     Driver(policy, SYNTHETIC).observe(STEP)
     assert told == [STEP]
+
+
+class Predicts(Answers):
+    """Predict whatever it was made with, and note what it is asked."""
+
+    def __init__(self, predicted: Any, **answers: Any) -> None:
+        super().__init__(**answers)
+        self.predicted = predicted
+
+    def predict(self, step: Step, token_id: int) -> Any:
+        self.events.append(("predict", int(step.tokens[-1]), token_id))
+        return self.predicted
+
+
+RANKED = np.tile(np.arange(15, -1, -1, dtype=np.int32), (3, 1))
+CHANCES = np.linspace(1, 0, 48, dtype=np.float32).reshape(3, 16)
+
+
+def changed(array: NDArray[Any], value: Any) -> NDArray[Any]:
+    array = array.copy()
+    array[1, 4] = value
+    return array
+
+
+def test_a_prediction_becomes_a_table_of_chances() -> None:
+    driver = Driver(Predicts((RANKED, CHANCES)), SYNTHETIC, prefetch=True)
+    table = np.zeros((3, 16), np.float32)
+    one, two = np.array([7], np.int32), np.array([7, 8], np.int32)
+    assert not driver.predict(one, table)  # no step was observed
+    driver.observe(STEP)
+    assert not driver.predict(two, table)
+    assert not table.any()
+    assert driver.predict(one, table)
+    assert table.tolist() == CHANCES[:, ::-1].tolist()
+    assert driver.policy.events[-1] == ("predict", 2, 7)  # type: ignore[attr-defined]
+    driver.reset()
+    assert not driver.predict(one, table)
+
+
+def test_a_policy_may_predict_nothing() -> None:
+    driver = Driver(Predicts(None), SYNTHETIC, prefetch=True)
+    driver.observe(STEP)
+    assert not driver.predict(np.array([7], np.int32), np.zeros((3, 16), np.float32))
+
+
+def test_prefetch_needs_a_policy_that_predicts() -> None:
+    fault = (
+        r"^prefetch: policy lru has no predict\(\); use the classifier or another policy that predicts, or"
+    )
+    with pytest.raises(PolicyConfigError, match=fault):
+        Driver(LRU(), SYNTHETIC, prefetch=True)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "fault"),
+    [
+        (RANKED, "ndarray; expected experts and their chances"),
+        (
+            (RANKED[:2], CHANCES),
+            r"experts int32 of shape \(2, 16\); expected whole numbers of shape \(3, 16\)",
+        ),
+        ((RANKED.astype(np.float32), CHANCES), "experts float32 of shape"),
+        ((RANKED, CHANCES.T), r"float32 of shape \(16, 3\); expected float32 of shape \(3, 16\)"),
+        ((RANKED, changed(CHANCES, 1.5)), "chance 1.5 at layer 1, rank 4; expected 0 to 1"),
+        ((RANKED, changed(CHANCES, -0.5)), "chance -0.5 at layer 1, rank 4"),
+        ((RANKED, changed(CHANCES, np.nan)), "chance nan at layer 1, rank 4"),
+        ((changed(RANKED, 16), CHANCES), "expert 16 at layer 1, rank 4; expected 0 to 15"),
+        ((changed(RANKED, -1), CHANCES), "expert -1 at layer 1, rank 4"),
+        ((changed(RANKED, 3), CHANCES), "expert 3 of layer 1 more than once; expected each one once"),
+    ],
+)
+def test_wrong_predictions_name_the_fault(predicted: Any, fault: str) -> None:
+    driver = Driver(Predicts(predicted), SYNTHETIC, prefetch=True)
+    driver.observe(STEP)
+    table = np.zeros((3, 16), np.float32)
+    with pytest.raises(PolicyError, match=f"Predicts: predict\\(\\) returned {fault}"):
+        driver.predict(np.array([7], np.int32), table)
+    assert not table.any()
+
+
+@pytest.mark.parametrize("mode", ["table", "callback"])
+def test_what_was_moved_to_and_fro_in_a_step_is_where_it_was(mode: str) -> None:
+    """Prefetch may evict what the token then needs; the lists do not tell which came first."""
+    driver = Driver(Answers(), SYNTHETIC, mode)
+    ids = random_ids(1, SYNTHETIC, 1)
+    driver.observe(make_step(ids, fills=np.array([(0, 3), (1, 3), (2, 5)], np.int32)))
+    driver.policy.events.clear()  # type: ignore[attr-defined]
+    driver.observe(
+        make_step(
+            ids,
+            fills=np.array([(0, 3), (1, 9), (1, 8)], np.int32),
+            evictions=np.array([(1, 9), (0, 3), (2, 5)], np.int32),
+        )
+    )
+    assert np.argwhere(driver.history.resident).tolist() == [[0, 3], [1, 3], [1, 8]]
+    told = [event for event in driver.policy.events if event != "observe"]  # type: ignore[attr-defined]
+    assert told == [("drop", 2, [5]), ("admit", 1, [8])]
