@@ -108,6 +108,9 @@ def _verify(argv: list[str]) -> int:
         sync=chosen.sync,
         vram=chosen.vram,
         vram_margin=chosen.vram_margin,
+        prefetch=chosen.prefetch,
+        prefetch_threshold=chosen.prefetch_threshold,
+        prefetch_experts=chosen.prefetch_experts,
         record=chosen.record,
     )
     try:

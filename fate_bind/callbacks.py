@@ -58,10 +58,10 @@ def install(loaded: library.Library) -> None:
         predicted: Any,
     ) -> int:
         def call(host: Host) -> None:
-            known = array(tokens, (n_tokens,), INT32)
-            published[0] = host.find(engine).expect(
-                known, array(sequences, (n_tokens,), INT32), scores, bonus
-            )
+            half, known = host.find(engine), array(tokens, (n_tokens,), INT32)
+            published[0] = half.expect(known, array(sequences, (n_tokens,), INT32), scores, bonus)
+            if chances:
+                predicted[0] = half.predict(known, chances)
 
         return guarded(user, call)
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fate_bind import interrupts, library
-from fate_bind.callbacks import INT32, INT64, array, read_step
+from fate_bind.callbacks import FLOAT32, INT32, INT64, array, read_step
 from fate_bind.stats import Report
 from fate_policy.base import Geometry, Step
 from fate_policy.counters import PER_LAYER, Counters
@@ -86,7 +86,12 @@ class Engine:
                     config = self.host.config
                     policy = self.host.next_policy()
                     self.driver = Driver(
-                        policy, self.geometry, config.mode, config.refresh_tokens, sync=config.sync
+                        policy,
+                        self.geometry,
+                        config.mode,
+                        config.refresh_tokens,
+                        sync=config.sync,
+                        prefetch=self.host.prefetches,
                     )
                 else:
                     self.driver.reset()
@@ -113,6 +118,16 @@ class Engine:
         with self._asking(time.perf_counter()):
             self.driver.expect(tokens, sequences)
             return self._publish(scores, bonus)
+
+    def predict(self, tokens: NDArray[np.int32], chances: Any) -> bool:
+        """Return whether the chances of what comes were written into the zeros of C."""
+        if self.driver is None or self._policy_error is not None:
+            return False
+        began = time.perf_counter()
+        shape = self.geometry.n_layers, self.geometry.max_experts
+        table = np.ndarray(shape, FLOAT32, library.load().ffi.buffer(chances, 4 * shape[0] * shape[1]))
+        with self._asking(began):
+            return self.driver.predict(tokens, table)
 
     def _publish(self, scores: Any, bonus: Any) -> bool:
         assert self.driver is not None
@@ -188,6 +203,7 @@ class Engine:
                 counters=Counters(**columns, tokens=int(info.tokens), steps=int(info.steps)),
                 pool_bytes=int(info.pool_bytes),
                 bounced=library.text(ffi, info.bounced) if info.bounced else "",
+                no_prefetch=self._no_prefetch(info),
                 asks=int(info.gpu_asks),
                 timeouts=int(info.gpu_timeouts),
                 ask_seconds=int(info.gpu_ask_us) / 1e6,
@@ -196,6 +212,13 @@ class Engine:
                 record=self._record_name(),
                 policy_error=self._policy_error or ("wrong victims" if info.policy_failed else None),
             )
+
+    def _no_prefetch(self, info: Any) -> str:
+        """Say why nothing was prefetched although that was asked for; "" if it could be."""
+        on_cpu = info.steps and not info.gpu_launches
+        if not (self.host.prefetches and info.engaged and on_cpu) or self.host.config.sync:
+            return ""
+        return "the layers run on the CPU, where experts come in before a step only: set sync: true"
 
     def recorded(self) -> Trace | None:
         """Return what was recorded so far, or None if nothing was."""

@@ -14,11 +14,21 @@ from fate_bind import callbacks, library
 from fate_bind.engine import Engine
 from fate_policy.base import Policy
 from fate_policy.config import Config, make_policy
-from fate_policy.driver import check_mode, overrides
+from fate_policy.driver import check_mode, check_prefetch, overrides
 from fate_policy.errors import PolicyConfigError, TraceError
 
 _MODES = {"off": "FATE_MODE_OFF", "table": "FATE_MODE_TABLE", "callback": "FATE_MODE_CALLBACK"}
-_EVENTS_AND_QUESTIONS = ("start", "observe", "expect", "admit", "drop", "scores", "bonus", "victims")
+_EVENTS_AND_QUESTIONS = (
+    "start",
+    "observe",
+    "expect",
+    "admit",
+    "drop",
+    "scores",
+    "bonus",
+    "victims",
+    "predict",
+)
 
 _one_configuration = threading.RLock()
 _alive: set[Host] = set()  # the library holds no reference, so this does
@@ -66,11 +76,14 @@ class Host:
         self._given = policy
         first = make_policy(config) if policy is None else policy
         check_mode(first, config.mode)
+        self.prefetches = config.prefetches and config.mode == "table"
+        if self.prefetches:
+            check_prefetch(first)
         self._first: Policy | None = first
         self.is_silent = config.mode == "table" and not any(
             overrides(first, name) for name in _EVENTS_AND_QUESTIONS
         )
-        self._expects = overrides(first, "expect")
+        self._expects = overrides(first, "expect") or self.prefetches
         self._weighs = record is not None or first.wants_weights
         self._is_configured = False
         callbacks.install(library.load())
@@ -88,6 +101,9 @@ class Host:
         config.sync = self.config.sync or self.is_silent
         config.scores = not self.is_silent
         config.expects = self._expects
+        config.prefetch = self.prefetches
+        config.prefetch_experts = self.config.prefetch_experts
+        config.prefetch_threshold = self.config.prefetch_threshold
         config.record = self.record is not None
         config.weights = self._weighs
         config.miss_timeout_seconds = self.config.miss_timeout_seconds

@@ -7,8 +7,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from fate_bind.errors import UsageError
+
+_Number = TypeVar("_Number", int, float)
 
 _FLAGS = {
     "policy": ("NAME|FILE.yaml|module:Class", "who decides which experts stay (default: lru)"),
@@ -20,6 +23,9 @@ _FLAGS = {
     "vram-margin": ("SIZE", "with slots auto: leave so much free (default: 1GiB)"),
     "mode": ("table|callback|off", "scores between tokens, Python at every miss, no pool (default: table)"),
     "sync": (None, "scores act from the very next step; the model waits for the policy"),
+    "prefetch": ("off|token", "bring in what the policy predicts for the coming token (default: off)"),
+    "prefetch-threshold": ("CHANCE", "of experts at least so likely, 0 to 1 (default: 0.5)"),
+    "prefetch-experts": ("N", "at most N of a layer and token, 1 to 16 (default: 8)"),
     "record": ("FILE.npz", "write every token's routing to FILE.npz"),
     "stats": ("text|json[:FILE]", "numbers at the end: text on stderr, JSON on stdout or in FILE"),
     "require": (None, "end with an error instead of running without the pool"),
@@ -36,6 +42,9 @@ class Options:
     vram_margin: str | None = None
     mode: str | None = None
     sync: bool | None = None
+    prefetch: str | None = None
+    prefetch_threshold: float | None = None
+    prefetch_experts: int | None = None
     record: Path | None = None
     stats_format: str = "text"
     stats_file: Path | None = None
@@ -88,11 +97,24 @@ def _checked(given: dict[str, str]) -> Options:
         vram_margin=given.get("vram-margin"),
         mode=given.get("mode"),
         sync=given["sync"] == "true" if "sync" in given else None,
+        prefetch=given.get("prefetch"),
+        prefetch_threshold=_number("prefetch-threshold", given, float, "a number from 0 to 1"),
+        prefetch_experts=_number("prefetch-experts", given, int, "a whole number, 1 to 16"),
         record=record,
         stats_format=stats_format,
         stats_file=_writable("stats", stats_file or None),
         require=given.get("require") == "true",
     )
+
+
+def _number(name: str, given: dict[str, str], kind: type[_Number], expected: str) -> _Number | None:
+    """Return the flag's value; its range is the configuration's to check."""
+    if name not in given:
+        return None
+    try:
+        return kind(given[name])
+    except ValueError:
+        raise UsageError(f"--fate-{name} {given[name]}: expected {expected}") from None
 
 
 def _writable(name: str, text: str | None) -> Path | None:

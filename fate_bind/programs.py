@@ -72,7 +72,15 @@ def run(command: str, argv: Sequence[str]) -> int:
         return _call(program, args)
     args = _complete(command, args)
     config, _ = resolve_config(
-        chosen.policy, chosen.slots, chosen.mode, chosen.sync, chosen.vram, chosen.vram_margin
+        chosen.policy,
+        chosen.slots,
+        chosen.mode,
+        chosen.sync,
+        chosen.vram,
+        chosen.vram_margin,
+        chosen.prefetch,
+        chosen.prefetch_threshold,
+        chosen.prefetch_experts,
     )
     host = Host(config, None, chosen.record, chosen.require)
     if command == "serve" and _wants_page(args) and not library.has_page():

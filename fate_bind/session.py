@@ -41,16 +41,20 @@ def resolve_config(
     sync: bool | None = None,
     vram: Any = None,
     vram_margin: Any = None,
+    prefetch: str | None = None,
+    prefetch_threshold: float | None = None,
+    prefetch_experts: int | None = None,
 ) -> tuple[Config, Policy | None]:
     """Return the configuration meant, and the policy's instance if one was given.
 
     Parameters
     ----------
-    slots, mode, sync, vram, vram_margin
+    slots, mode, sync, vram, vram_margin, prefetch, prefetch_threshold, prefetch_experts
         Win over the configuration's where they are not None.
     """
     given = {"slots": slots, "mode": mode, "sync": sync, "vram": vram}
-    given["vram_margin"] = vram_margin
+    given |= {"vram_margin": vram_margin, "prefetch": prefetch}
+    given |= {"prefetch_threshold": prefetch_threshold, "prefetch_experts": prefetch_experts}
     overrides = {key: value for key, value in given.items() if value is not None}
     if isinstance(policy, Policy):
         return replace(load("lru", overrides), policy=policy_name(policy)), policy
@@ -100,7 +104,7 @@ class Session:
         A .gguf file; None: the embedded model, unless `args` name one.
     args
         Flags of llama-completion, such as `["-c", "4096", "-t", "8"]`.
-    policy, slots, mode, sync, vram
+    policy, slots, mode, sync, vram, prefetch, prefetch_threshold, prefetch_experts
         See `resolve_config`. The default is LRU over as many slots as fit.
     record
         Where to write the routing trace; True: a temporary file that lives as long as the session.
@@ -125,13 +129,25 @@ class Session:
         mode: str | None = None,
         sync: bool | None = None,
         vram: Any = None,
+        prefetch: str | None = None,
+        prefetch_threshold: float | None = None,
+        prefetch_experts: int | None = None,
         record: str | Path | bool | None = None,
         require: bool = False,
         fate: bool = True,
         place: bool = True,
         throttle_gbps: float | None = None,
     ) -> None:
-        config, instance = resolve_config(policy, slots, mode, sync, vram)
+        config, instance = resolve_config(
+            policy,
+            slots,
+            mode,
+            sync,
+            vram,
+            prefetch=prefetch,
+            prefetch_threshold=prefetch_threshold,
+            prefetch_experts=prefetch_experts,
+        )
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         if record is True:
             self._scratch = tempfile.TemporaryDirectory(prefix="fate-")
@@ -183,6 +199,9 @@ class Session:
         mode: str | None = None,
         sync: bool | None = None,
         vram: Any = None,
+        prefetch: str | None = None,
+        prefetch_threshold: float | None = None,
+        prefetch_experts: int | None = None,
         record: str | Path | None = None,
         require: bool = False,
     ) -> Session:
@@ -199,7 +218,16 @@ class Session:
         if policy is None:
             policy = self._host.config if self._host is not None else "lru"
             given = self._host.given_copy() if self._host is not None else None
-        config, instance = resolve_config(policy, slots, mode, sync, vram)
+        config, instance = resolve_config(
+            policy,
+            slots,
+            mode,
+            sync,
+            vram,
+            prefetch=prefetch,
+            prefetch_threshold=prefetch_threshold,
+            prefetch_experts=prefetch_experts,
+        )
         instance = given if instance is None else instance
         return self.fork_with(Host(config, instance, Path(record) if record else None, require))
 

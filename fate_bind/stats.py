@@ -37,6 +37,7 @@ class Report:
     asks: int = 0
     timeouts: int = 0
     ask_seconds: float = 0.0
+    no_prefetch: str = ""
 
     @property
     def n_layers_engaged(self) -> int:
@@ -85,6 +86,7 @@ def _add(one: Report, two: Report) -> Report:
         asks=one.asks + two.asks,
         timeouts=one.timeouts + two.timeouts,
         ask_seconds=one.ask_seconds + two.ask_seconds,
+        no_prefetch=one.no_prefetch or two.no_prefetch,
     )
 
 
@@ -94,9 +96,11 @@ def as_dict(report: Report) -> dict[str, Any]:
     engaged : whether any layer ran through a pool;  reason : why not, or not in all layers; "" otherwise
     policy, mode : as configured;  policy_error : why the policy was given up for LRU, or null
     bounced : why a GPU gets experts through a ring of pinned memory, which is slower; "" otherwise
+    no_prefetch : why nothing was prefetched although that is configured; "" otherwise
     layers, layers_engaged : mixture-of-experts layers of the model, and those with a pool
     slots, pool_bytes : of all layers together
-    routed ... evictions, rows, rows_all_resident, bytes, tokens, steps, all_resident : see `Counters`
+    routed ... evictions, rows, rows_all_resident, bytes, prefetch..., tokens, steps, all_resident : see
+        `Counters`
     policy_seconds : time spent in Python;  seconds : inside steps, Python included
     asks, timeouts, ask_seconds : callback mode on a GPU: misses about which it asked, those not answered in
         time, which LRU decided, and how long it waited
@@ -120,6 +124,7 @@ def as_dict(report: Report) -> dict[str, Any]:
         "mode": report.mode,
         "policy_error": report.policy_error,
         "bounced": report.bounced,
+        "no_prefetch": report.no_prefetch,
         "layers": geometry.n_layers,
         "layers_engaged": report.n_layers_engaged,
         "slots": int(geometry.n_slots.sum()),
@@ -159,6 +164,8 @@ def summary(report: Report) -> str:
         lines.append(f"  not in all    {report.reason}")
     if report.bounced:
         lines.append(f"  slower        experts go through a ring of pinned memory: {report.bounced}")
+    if report.no_prefetch:
+        lines.append(f"  no prefetch   {report.no_prefetch}")
     if report.policy_error:
         lines.append(f"  policy failed {report.policy_error}; the run went on as lru")
     pooled = totals["hits"] + totals["misses"]
@@ -171,6 +178,8 @@ def summary(report: Report) -> str:
         f"  fills         {totals['fills']} ({totals['seed_fills']} of them seeds), "
         f"{totals['evictions']} evictions, {totals['bytes'] / _MIB:.1f} MiB copied"
     )
+    if totals["prefetches"]:
+        lines.append(_prefetch(totals))
     rows, all_resident = totals["rows"], totals["rows_all_resident"]
     lines.append(
         f"  all resident  {all_resident} of {rows} rows (token, layer){_percent(all_resident, rows)}"
@@ -190,6 +199,17 @@ def summary(report: Report) -> str:
     if report.record:
         lines.append(f"  recorded      {report.record}")
     return "\n".join(lines)
+
+
+def _prefetch(totals: dict[str, int]) -> str:
+    n = totals["prefetches"]
+    late = f"{totals['prefetch_late']} late"
+    if totals["prefetch_late"]:
+        late += f" (waited {totals['prefetch_waited_ns'] / 1e6:.1f} ms)"
+    return (
+        f"  prefetched    {n}: {totals['prefetch_useful']} useful{_percent(totals['prefetch_useful'], n)}, "
+        f"{late}, {totals['prefetch_wasted']} wasted; {totals['prefetch_cancelled']} cancelled"
+    )
 
 
 def _percent(part: int, whole: int) -> str:

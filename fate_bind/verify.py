@@ -128,6 +128,9 @@ def verify(
     sync: bool | None = None,
     vram: Any = None,
     vram_margin: Any = None,
+    prefetch: str | None = None,
+    prefetch_threshold: float | None = None,
+    prefetch_experts: int | None = None,
     record: str | Path | None = None,
     require: bool = False,
     place: bool = True,
@@ -144,11 +147,13 @@ def verify(
         Flags of llama-completion; `-p` or `-f` among them give the prompt where `prompt` is None.
     n_tokens
         Tokens generated after the prompt; the end-of-text token does not stop it.
-    policy, slots, mode, sync, vram, vram_margin, record, require, place
+    policy, slots, mode, sync, vram, vram_margin, prefetch..., record, require, place
         As for `Session`, but by default half of the experts have slots, whatever would fit: what is to be
         verified is the pool.
     """
-    config, instance = resolve_config(policy, slots, mode, sync, vram, vram_margin)
+    config, instance = resolve_config(
+        policy, slots, mode, sync, vram, vram_margin, prefetch, prefetch_threshold, prefetch_experts
+    )
     if config.slots.kind == "auto" and slots is None and config.vram is None:
         config = replace(config, slots=Slots.parse("50%"))
     host = Host(config, instance, Path(record) if record else None, require)  # refuses before a model loads

@@ -242,7 +242,15 @@ static void expect(fate_engine * e, int32_t token, int32_t position) {
         const int32_t sequence                     = 0;
         float         scores[N_LAYERS * N_EXPERTS] = { 0 }, bonus[N_LAYERS] = { 0 };
         int32_t       published                    = 0;
-        put_in_force(e, e->config.on_expect(e->config.user, e, 1, &token, &position, &sequence, scores, bonus, &published, NULL, NULL), scores, published);
+        float         chances[N_LAYERS * N_EXPERTS] = { 0 };
+        int32_t       predicted                     = 0;
+        put_in_force(e,
+                     e->config.on_expect(e->config.user, e, 1, &token, &position, &sequence, scores, bonus, &published,
+                                         e->config.prefetch ? chances : NULL, &predicted),
+                     scores, published);
+        for (int i = 0; predicted && i < N_LAYERS * N_EXPERTS; ++i) { // nothing comes in, it only counts
+            e->counters[i / N_EXPERTS][FATE_COUNTER_PREFETCHES] += chances[i] >= e->config.prefetch_threshold;
+        }
     }
 }
 

@@ -390,3 +390,46 @@ def test_a_required_pool_that_does_not_engage_is_an_error(fake: Library, model: 
         assert session.stats()["reason"] == "all experts resident"
         with pytest.raises(EngineError, match="nothing was recorded"):
             session.record()
+
+
+class Predicting(Policy):
+    """Evict as LRU, and predict one expert a layer, the token's own number."""
+
+    def __init__(self, likely: float = 1.0) -> None:
+        self.likely = likely
+
+    def predict(self, step: Step, token_id: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        experts = (token_id + np.arange(8, dtype=np.int32)) % 8
+        chances = np.zeros((2, 8), np.float32)
+        chances[:, 0] = self.likely
+        return np.tile(experts, (2, 1)), chances
+
+
+@pytest.mark.parametrize("likely", [1.0, 0.4])
+def test_what_a_policy_predicts_reaches_the_engine(fake: Library, model: Path, likely: float) -> None:
+    """One without scores, and without `expect`; of the first token nothing can be predicted."""
+    with Session(model, policy=Predicting(likely), sync=True, prefetch="token") as session:
+        session.logits(TOKENS)
+    stats = session.stats()
+    assert stats["prefetches"] == (2 * (len(TOKENS) - 1) if likely == 1 else 0)
+    assert stats["no_prefetch"] == ""
+
+
+def test_a_wrong_prediction_is_raised_as_itself(fake: Library, model: Path) -> None:
+    with Session(model, policy=Predicting(2.0), sync=True, prefetch="token") as session:
+        with pytest.raises(
+            PolicyError, match=r"Predicting: predict\(\) returned chance 2.0 at layer 0, rank 0"
+        ):
+            session.logits(TOKENS)
+        assert session.stats()["prefetches"] == 0
+        assert session.stats()["tokens"] == len(TOKENS)
+
+
+def test_prefetch_that_cannot_act_is_said(fake: Library, model: Path) -> None:
+    with Session(model, policy=Predicting(), prefetch="token") as session:
+        session.logits(TOKENS)
+        assert session.stats()["no_prefetch"].endswith("set sync: true")
+    with Session(model, policy=Predicting()) as session:
+        session.logits(TOKENS)
+        assert session.stats()["no_prefetch"] == ""
+        assert session.stats()["prefetches"] == 0

@@ -71,10 +71,15 @@ def test_our_flags_are_taken_out_and_the_rest_stays_in_order() -> None:
             "25%",
             "--fate-require",
             "--fate-sync=false",
+            "--fate-prefetch",
+            "token",
+            "--fate-prefetch-threshold=0.25",
+            "--fate-prefetch-experts=4",
         ]
     )
     assert rest == ["-m", "x", "-n", "3"]
     assert (chosen.policy, chosen.slots, chosen.require, chosen.sync) == ("random", "25%", True, False)
+    assert (chosen.prefetch, chosen.prefetch_threshold, chosen.prefetch_experts) == ("token", 0.25, 4)
     assert options.take([])[0] == options.Options()
 
 
@@ -86,6 +91,8 @@ def test_our_flags_are_taken_out_and_the_rest_stays_in_order() -> None:
         (["--fate-slots"], "--fate-slots needs a value: N|N%"),
         (["--fate-slots="], "--fate-slots is empty"),
         (["--fate-sync=maybe"], "expected --fate-sync, --fate-sync=true or --fate-sync=false"),
+        (["--fate-prefetch-threshold=x"], "--fate-prefetch-threshold x: expected a number from 0 to 1"),
+        (["--fate-prefetch-experts=2.5"], "--fate-prefetch-experts 2.5: expected a whole number, 1 to 16"),
         (["--fate-stats", "xml"], "--fate-stats xml: expected text"),
         (["--fate-stats", "json:"], "--fate-stats json:: expected text"),
         (["--fate-record", "trace.txt"], r"a name that ends in \.npz"),
@@ -357,3 +364,27 @@ def test_what_is_slower_on_a_gpu_is_said() -> None:
     assert "asked         8 times, 50.0 us each; 2 not answered in time, lru decided" in told
     assert "slower        experts go through a ring of pinned memory: the page-lock limit is 8 MiB" in told
     assert {"asks": 8, "timeouts": 2, "bounced": slow.bounced}.items() <= stats.as_dict(both).items()
+
+
+def test_what_prefetch_did_is_said_only_where_it_did_something() -> None:
+    geometry = Geometry(*(np.full(1, value, np.int32) for value in (8, 2, 4)), np.full(1, 100, np.int64))
+    counters = Counters.zeros(1)
+    idle = stats.Report(True, "", "m", "own", "table", geometry, counters, 1, 0.0, 1.0)
+    assert "prefetch" not in stats.summary(idle)
+    counters = Counters.zeros(1)
+    for name, value in {
+        "prefetches": 8,
+        "prefetch_useful": 4,
+        "prefetch_late": 1,
+        "prefetch_wasted": 2,
+    }.items():
+        getattr(counters, name)[:] = value
+    counters.prefetch_waited_ns[:] = 1_500_000
+    told = stats.summary(replace(idle, counters=counters))
+    assert "  prefetched    8: 4 useful (50.0 %), 1 late (waited 1.5 ms), 2 wasted; 0 cancelled\n" in told
+
+
+def test_a_policy_that_predicts_nothing_is_refused_before_a_model_loads(run) -> None:
+    code, _, err = run("--fate-prefetch", "token")
+    assert code == 1
+    assert "fate: error: prefetch: policy lru has no predict(); use the classifier or another" in err
