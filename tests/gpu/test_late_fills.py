@@ -18,6 +18,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.model, pytest.mark.native]
 
 CELLS = "test_same_bits_as_resident and lru and (min or 50) and (decode or prompts or mixed)"
 N_CELLS = 12  # with both modes
+AHEAD = "test_predictions_change_no_bit and beside or slow_link"
+N_AHEAD = 6
 
 
 def tool(name: str) -> str:
@@ -42,10 +44,10 @@ def compiled(build: Build, fault: str) -> Path:
     return folder
 
 
-def run(library: Path) -> subprocess.CompletedProcess[str]:
+def run(library: Path, file: str, cells: str) -> subprocess.CompletedProcess[str]:
     path = f"{library}:{os.environ.get('LD_LIBRARY_PATH', '')}"
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/gpu/test_exact.py", "--all", "-q", "--tb=short", "-k", CELLS],
+        [sys.executable, "-m", "pytest", f"tests/gpu/{file}", "--all", "-q", "--tb=short", "-k", cells],
         env={**os.environ, "LD_LIBRARY_PATH": path},
         cwd=ROOT,
         capture_output=True,
@@ -55,13 +57,29 @@ def run(library: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_late_copies_change_nothing(build: Build) -> None:
-    done = run(compiled(build, "LATE_FILLS"))
+    library = compiled(build, "LATE_FILLS")
+    done = run(library, "test_exact.py", CELLS)
     assert done.returncode == 0, done.stdout[-3000:]
     assert f"{N_CELLS} passed" in done.stdout
+    done = run(library, "test_prefetch.py", AHEAD)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert f"{N_AHEAD} passed" in done.stdout
+
+
+def test_a_prefetch_that_is_not_awaited_is_found_out(build: Build) -> None:
+    done = run(compiled(build, "NOT_AWAITED"), "test_prefetch.py", AHEAD)
+    assert re.search(r"\b[1-9]\d* failed", done.stdout), done.stdout[-3000:]
+    assert re.search("array_equal|does not hold the bytes", done.stdout)
+
+
+def test_a_victim_that_is_still_being_filled_is_found_out(build: Build) -> None:
+    done = run(compiled(build, "VICTIM_IN_FLIGHT"), "test_prefetch.py", AHEAD)
+    assert re.search(r"\b[1-9]\d* failed", done.stdout), done.stdout[-3000:]
+    assert re.search("array_equal|does not hold the bytes", done.stdout)
 
 
 def test_a_product_that_does_not_wait_is_caught(build: Build) -> None:
-    done = run(compiled(build, "NOT_AWAITED"))
+    done = run(compiled(build, "NOT_AWAITED"), "test_exact.py", CELLS)
     assert done.returncode == 1, done.stdout[-3000:]
     # decoding waits for nothing of the copy engine's; prompts and what mixes them with it do
     assert f"{N_CELLS * 2 // 3} failed, {N_CELLS // 3} passed" in done.stdout
