@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import struct
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from fate_bind import placement
 from fate_bind.errors import EngineError, UsageError
@@ -17,7 +18,6 @@ EMBEDDED = Path(__file__).resolve().parent / "models" / "tiny-moe-31m-q4_0.gguf"
 
 _STRING, _ARRAY = 8, 9
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of GGUF's value types
-_MAX_STRING = 1 << 32
 _MAX_DIMS = 64
 
 # of GGUF's tensor types that files hold: elements and bytes of a block
@@ -44,7 +44,8 @@ def check(path: str | Path) -> Path:
                 raise EngineError(f"model {path} is not a GGUF file: it begins with {magic!r}")
             size = os.fstat(file.fileno()).st_size
             try:
-                end = _end_of_tensors(file)
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                    end = _end_of_tensors(_Cursor(data, file.tell()))
             except (EOFError, struct.error, KeyError, OverflowError):
                 raise EngineError(f"model {path} is cut short or damaged: its header does not end") from None
     except OSError as error:
@@ -66,53 +67,72 @@ def check_args(args: Sequence[str], is_list: bool = False) -> None:
         raise UsageError(f"{args[-1]} needs a value: FILE.gguf")
 
 
-def _end_of_tensors(file: IO[bytes]) -> int:
-    version, n_tensors, n_keys = struct.unpack("<IQQ", _exactly(file, 20))
+def _end_of_tensors(header: _Cursor) -> int:
+    version, n_tensors, n_keys = header.take("<IQQ")
     if not 2 <= version <= 3:
         return 0  # another byte order or format: llama.cpp knows
     alignment = 32
     for _ in range(n_keys):
-        key = _string(file)
-        (kind,) = struct.unpack("<I", _exactly(file, 4))
+        key = header.string()
+        (kind,) = header.take("<I")
         if key == b"general.alignment" and kind == 4:
-            (alignment,) = struct.unpack("<I", _exactly(file, 4))
+            (alignment,) = header.take("<I")
         else:
-            _skip_value(file, kind)
+            _skip_value(header, kind)
     last = 0
     for _ in range(n_tensors):
-        _string(file)
-        (n_dims,) = struct.unpack("<I", _exactly(file, 4))
+        header.skip_strings(1)
+        (n_dims,) = header.take("<I")
         if n_dims > _MAX_DIMS:
             raise EOFError
-        *dims, kind, offset = struct.unpack(f"<{n_dims}QIQ", _exactly(file, 8 * n_dims + 12))
+        *dims, kind, offset = header.take(f"<{n_dims}QIQ")
         n_block, n_bytes = TENSOR_SIZES.get(kind, (1, 0))  # a newer type: at least it begins inside
         last = max(last, offset + math.prod(dims) // n_block * n_bytes)
-    return (file.tell() + alignment - 1) // max(alignment, 1) * alignment + last if n_tensors else 0
+    return (header.at + alignment - 1) // max(alignment, 1) * alignment + last if n_tensors else 0
 
 
-def _skip_value(file: IO[bytes], kind: int) -> None:
+def _skip_value(header: _Cursor, kind: int) -> None:
     if kind == _STRING:
-        _string(file)
+        header.skip_strings(1)
     elif kind == _ARRAY:
-        of, n = struct.unpack("<IQ", _exactly(file, 12))
-        if of in (_STRING, _ARRAY):
+        of, n = header.take("<IQ")
+        if of == _STRING:
+            header.skip_strings(n)
+        elif of == _ARRAY:
             for _ in range(n):
-                _skip_value(file, of)
+                _skip_value(header, of)
         else:
-            file.seek(n * _SIZES[of], os.SEEK_CUR)
+            header.skip(n * _SIZES[of])
     else:
-        _exactly(file, _SIZES[kind])
+        header.skip(_SIZES[kind])
 
 
-def _string(file: IO[bytes]) -> bytes:
-    (length,) = struct.unpack("<Q", _exactly(file, 8))
-    if length > _MAX_STRING:
-        raise EOFError
-    return _exactly(file, length)
+class _Cursor:
+    """A place in a mapped file; what would go past its end is an EOFError or a struct.error."""
 
+    def __init__(self, data: mmap.mmap, at: int) -> None:
+        self.data = data
+        self.at = at
 
-def _exactly(file: IO[bytes], n: int) -> bytes:
-    data = file.read(n)
-    if len(data) != n:
-        raise EOFError
-    return data
+    def skip(self, n: int) -> None:
+        if n > len(self.data) - self.at:
+            raise EOFError
+        self.at += n
+
+    def take(self, form: str) -> tuple[Any, ...]:
+        values = struct.unpack_from(form, self.data, self.at)
+        self.at += struct.calcsize(form)
+        return values
+
+    def string(self) -> bytes:
+        (length,) = self.take("<Q")
+        self.skip(length)
+        return self.data[self.at - length : self.at]
+
+    def skip_strings(self, n: int) -> None:
+        """Skip n strings; of a vocabulary there are some 300,000."""
+        length_at = struct.Struct("<Q").unpack_from
+        data, at = self.data, self.at
+        for _ in range(n):
+            at += 8 + length_at(data, at)[0]
+        self.skip(at - self.at)

@@ -212,6 +212,7 @@ def test_without_fate_there_are_no_numbers(fake: Library, model: Path) -> None:
         (lambda folder: folder / "none.gguf", "does not exist"),
         (lambda folder: _write(folder, b"GGML" + bytes(20)), "is not a GGUF file"),
         (lambda folder: _write(folder, b"GGUF" + (3).to_bytes(4, "little")), "its header does not end"),
+        (lambda folder: _write(folder, _header(offset=0, n_values=1 << 62)), "its header does not end"),
         (lambda folder: _write(folder, _header(offset=1 << 20)), "is cut short: .* end at byte"),
         (lambda folder: _write(folder, _header(offset=0) + bytes(44)), "207 bytes, but .* end at byte 208"),
         (
@@ -248,7 +249,7 @@ def _write(folder: Path, data: bytes) -> Path:
     return path
 
 
-def _header(offset: int) -> bytes:
+def _header(offset: int, n_values: int = 3) -> bytes:
     def number(value: int, size: int) -> bytes:
         return value.to_bytes(size, "little")
 
@@ -257,7 +258,7 @@ def _header(offset: int) -> bytes:
 
     keys = string(b"a") + number(8, 4) + string(b"text")
     keys += string(b"b") + number(9, 4) + number(8, 4) + number(2, 8) + string(b"x") + string(b"yz")
-    keys += string(b"c") + number(9, 4) + number(5, 4) + number(3, 8) + bytes(12)
+    keys += string(b"c") + number(9, 4) + number(5, 4) + number(n_values, 8) + bytes(12)
     tensor = string(b"w") + number(1, 4) + number(4, 8) + number(0, 4) + number(offset, 8)
     return b"GGUF" + number(3, 4) + number(1, 8) + number(3, 8) + keys + tensor
 
