@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fate_policy import checks, data
-from fate_policy.config import Slots
+from fate_policy.config import PREFETCHES, Slots
 from fate_policy.errors import FateError, PolicyConfigError, TraceError
+from fate_policy.prefetch_rule import Prefetch
 
 COMMANDS = {
     "replay": "replay routing traces: policies x capacities x traces in one table",
@@ -101,6 +102,26 @@ def _replay_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refresh-tokens", type=int, default=1, metavar="N", help="new scores every N tokens (default: 1)"
     )
+    parser.add_argument(
+        "--prefetch",
+        choices=PREFETCHES,
+        default="off",
+        help="bring in what the policy predicts before its token, as a run with sync does (default: off)",
+    )
+    parser.add_argument(
+        "--prefetch-threshold",
+        type=float,
+        default=Prefetch.threshold,
+        metavar="CHANCE",
+        help=f"of experts at least so likely (default: {Prefetch.threshold})",
+    )
+    parser.add_argument(
+        "--prefetch-experts",
+        type=int,
+        default=Prefetch.experts,
+        metavar="N",
+        help=f"at most N of a layer and token (default: {Prefetch.experts})",
+    )
     add_expert_bytes(parser)
     parser.add_argument(
         "--link", type=float, default=50.0, metavar="GB/S", help="speed of the link (default: 50)"
@@ -129,6 +150,7 @@ def _replay(args: argparse.Namespace) -> int:
         raise FateError("--jobs 0: expected a number of workers, or -1 for all cores")
     if args.plot is not None:
         checks.target("plot", args.plot)
+    prefetch = Prefetch(args.prefetch_threshold, args.prefetch_experts)
     common: dict[str, Any] = {
         "pool": args.pool,
         "cold": args.cold,
@@ -137,6 +159,7 @@ def _replay(args: argparse.Namespace) -> int:
         "resident_tokens_s": args.resident,
         "sync": args.sync,
         "refresh_tokens": args.refresh_tokens,
+        "prefetch": prefetch if args.prefetch != "off" else None,
         "folder": args.traces,
         "n_jobs": args.jobs,
         "progress": sys.stderr.isatty(),
@@ -159,7 +182,10 @@ def _replay(args: argparse.Namespace) -> int:
 def _columns(rows: _Rows) -> list[str]:
     from fate_policy.compare import COLUMNS
 
-    return [*COLUMNS, *(name for name in ("of_resident",) if rows and name in rows[0])]
+    return [
+        *COLUMNS,
+        *(name for name in ("prefetched_per_token", "useful", "of_resident") if rows and name in rows[0]),
+    ]
 
 
 def print_rows(rows: _Rows, form: str, columns: Sequence[str]) -> None:

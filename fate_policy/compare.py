@@ -25,6 +25,7 @@ from fate_policy.errors import PolicyConfigError, TraceError
 from fate_policy.frequency import Frequency
 from fate_policy.kernels import Result, Routing, Simulation
 from fate_policy.lru import LRU
+from fate_policy.prefetch_rule import Prefetch
 from fate_policy.progress import Bar
 from fate_policy.replay import geometry_of, paths, replay
 from fate_policy.timeline import Machine, timeline
@@ -73,6 +74,7 @@ class Job:
     resident_tokens_s: float | None = None
     sync: bool = True
     refresh_tokens: int = 1
+    prefetch: Prefetch | None = None
 
 
 def compare(
@@ -88,6 +90,7 @@ def compare(
     resident_tokens_s: float | None = None,
     sync: bool = True,
     refresh_tokens: int = 1,
+    prefetch: Prefetch | None = None,
     folder: str | Path | None = None,
     n_jobs: int | None = None,
     progress: bool = False,
@@ -111,6 +114,9 @@ def compare(
         `fate_policy.timeline` expects.
     sync, refresh_tokens
         When scores come into force, as in a configuration. LRU and the optimum have none.
+    prefetch
+        What comes in before its token, as `fate_policy.replay` does it; rows then tell `prefetched_per_token`
+        and `useful`, the share of these that were used.
     n_jobs
         Workers, as joblib takes them. None: one, or those of a `joblib.parallel_config` around the call,
         which may be a Dask or Ray cluster; its workers open traces given by path themselves.
@@ -133,6 +139,7 @@ def compare(
             resident_tokens_s,
             sync,
             refresh_tokens,
+            prefetch,
         )
         for where, name in named
         for capacity in capacities
@@ -178,14 +185,31 @@ def replay_policy(
     detail: bool = False,
     sync: bool = True,
     refresh_tokens: int = 1,
+    prefetch: Prefetch | None = None,
     say: Say = lambda share: None,
 ) -> Result:
     """Replay any policy: the built-in rules in compiled loops, others by asking them after every step.
 
     What the engine has too (pool "layer", admission "forced", warm) counts as `replay` does.
-    A policy that names victims but has no scores works only there. `say` is told the share that is done.
+    A policy that names victims but has no scores works only there, and so does `prefetch`. `say` is told the
+    share that is done.
     """
     geometry = geometry_of(trace, n_slots)
+    if prefetch is not None:
+        if (pool, admission, cold, detail) != ("layer", "forced", False, False):
+            raise PolicyConfigError(
+                "prefetch: is replayed as the engine runs only: with pool layer, admission forced, warm, and "
+                "without --resident, whose model does not know it"
+            )
+        counters = replay(
+            trace,
+            policy,
+            n_slots=geometry.n_slots,
+            sync=sync,
+            refresh_tokens=refresh_tokens,
+            prefetch=prefetch,
+        )
+        return Result(counters, int(counters.fills.sum()))
     routing = Routing.of_trace(trace, paths(trace, geometry))
     rule = _rule(policy)
     if isinstance(policy, Frequency) and not (sync and refresh_tokens == 1):
@@ -231,6 +255,7 @@ def run_job(job: Job, say: Say = lambda share: None) -> dict[str, Any]:
         detail=job.resident_tokens_s is not None,
         sync=job.sync,
         refresh_tokens=job.refresh_tokens,
+        prefetch=job.prefetch,
         say=say,
     )
     seconds = time.perf_counter() - started
@@ -238,7 +263,7 @@ def run_job(job: Job, say: Say = lambda share: None) -> dict[str, Any]:
     n_tokens = max(counters.tokens, 1)
     rows = int(counters.rows.sum())
     moved = None if size is None else int((counters.fills * size).sum()) / n_tokens
-    row = {
+    row: dict[str, Any] = {
         "trace": job.name,
         "policy": job.policy,
         "capacity": job.capacity,
@@ -259,6 +284,9 @@ def run_job(job: Job, say: Say = lambda share: None) -> dict[str, Any]:
         "link_gb_s": job.link_gb_s,
         "seconds": seconds,
     }
+    if job.prefetch is not None:
+        n, useful = int(counters.prefetches.sum()), int(counters.prefetch_useful.sum())
+        row |= {"prefetched_per_token": n / n_tokens, "useful": useful / n if n else float("nan")}
     if job.resident_tokens_s is not None:
         if size is None or result.missed is None:
             raise TraceError(f"trace {job.name} does not tell an expert's bytes; give them")

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from fate_policy import checks, prefetch_rule, registry
 from fate_policy.base import Policy
 from fate_policy.errors import PolicyConfigError
+from fate_policy.prefetch_rule import Prefetch
 
 MODES = ("table", "callback", "off")
 PREFETCHES = ("off", "token")
@@ -172,8 +173,8 @@ class Config:
     vram: int | None = None
     vram_margin: int = 2**30
     prefetch: str = "off"
-    prefetch_threshold: float = 0.5
-    prefetch_experts: int = 8
+    prefetch_threshold: float = Prefetch.threshold
+    prefetch_experts: int = Prefetch.experts
 
     def __post_init__(self) -> None:
         if self.prefetches and self.mode == "callback":

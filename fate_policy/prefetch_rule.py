@@ -7,13 +7,28 @@ is as likely. Replay must give the engine's counters, so a change here is a chan
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
+from fate_policy import checks
 from fate_policy.rule import LayerTable
 
 MOST = 16
 """Experts that come in, at most, of a layer and token."""
+
+
+@dataclass(frozen=True)
+class Prefetch:
+    """What comes in: at most `experts` of a layer and token, of those at least as likely as `threshold`."""
+
+    threshold: float = 0.5
+    experts: int = 8
+
+    def __post_init__(self) -> None:
+        checks.share("prefetch_threshold", self.threshold)
+        checks.integer("prefetch_experts", self.experts, minimum=1, maximum=MOST)
 
 
 def room(wanted: int, n_slots: int, k: int) -> int:

@@ -14,7 +14,8 @@ from fate_policy.checks import bad_value, choice
 from fate_policy.config import Slots
 from fate_policy.counters import Counters
 from fate_policy.driver import Driver
-from fate_policy.errors import TraceError
+from fate_policy.errors import PolicyConfigError, TraceError
+from fate_policy.prefetch_rule import Prefetch, plan, room
 from fate_policy.rule import LayerTable, first_seed_row
 from fate_policy.trace import Trace
 
@@ -27,6 +28,7 @@ def replay(
     mode: str | None = None,
     sync: bool = True,
     refresh_tokens: int = 1,
+    prefetch: Prefetch | None = None,
 ) -> Counters:
     """Return what the engine would count on this trace.
 
@@ -41,6 +43,9 @@ def replay(
         "table" or "callback"; None: table. A policy that knows the future is always asked.
     sync
         True: scores act from the next step on, as with `sync: true`; False: one step later.
+    prefetch
+        What comes in before its token, as with `prefetch: token` and `sync: true`, table mode only; without
+        sync it depends on time, and cannot be replayed.
     """
     if isinstance(policy, str):
         policy = registry.get(policy)()
@@ -50,8 +55,15 @@ def replay(
     if isinstance(policy, OfflinePolicy):
         mode = "callback"
         policy.foresee(*_needs(trace, geometry, path))
-    driver = Driver(policy, geometry, mode, refresh_tokens, sync=sync, replay=True)
-    run = _Replay(geometry, driver)
+    if prefetch is not None and (mode != "table" or not sync):
+        raise PolicyConfigError(
+            f"prefetch: can be replayed in table mode with sync, and not in {mode} mode "
+            f"{'with' if sync else 'without'} it; leave one of them out"
+        )
+    driver = Driver(
+        policy, geometry, mode, refresh_tokens, sync=sync, replay=True, prefetch=prefetch is not None
+    )
+    run = _Replay(geometry, driver, prefetch)
     behind: Step | None = None
     for start, stop in pairwise(trace.step_bounds().tolist()):
         if driver.acts_late:
@@ -64,6 +76,7 @@ def replay(
         else:
             driver.expect(trace.tokens[start:stop], trace.sequence[start:stop])
             run.publish()
+            run.prefetch(trace.tokens[start:stop])
             driver.observe(run.step(trace, start, stop, path[start:stop]))
     if behind is not None:
         driver.observe(behind)
@@ -98,8 +111,11 @@ def geometry_of(trace: Trace, n_slots: Any = None) -> Geometry:
     )
 
 
+_NONE = np.empty(0, np.int32)
+
+
 class _Replay:
-    def __init__(self, geometry: Geometry, driver: Driver) -> None:
+    def __init__(self, geometry: Geometry, driver: Driver, prefetch: Prefetch | None) -> None:
         self.geometry = geometry
         self.driver = driver
         self.counters = Counters.zeros(geometry.n_layers)
@@ -107,6 +123,21 @@ class _Replay:
             LayerTable(n_experts, n_slots)
             for n_experts, n_slots in zip(geometry.n_experts.tolist(), geometry.n_slots.tolist(), strict=True)
         ]
+        self._prefetch = prefetch
+        self._rooms = [
+            0 if prefetch is None else room(prefetch.experts, n_slots, k)
+            for n_slots, k in zip(geometry.n_slots.tolist(), geometry.k.tolist(), strict=True)
+        ]
+        shape = geometry.n_layers, geometry.max_experts
+        self._chances = np.zeros(shape, np.float32)
+        self._waiting = np.zeros(shape, np.bool_)  # prefetched and not used yet
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget the last step's moves, and what came in for its token."""
+        self._fills: list[tuple[int, int]] = []
+        self._evictions: list[tuple[int, int]] = []
+        self._ahead = [_NONE] * len(self.tables)
 
     def publish(self) -> None:
         if (published := self.driver.publish()) is None:
@@ -116,6 +147,22 @@ class _Replay:
         for layer, table in enumerate(self.tables):
             table.publish(scores[layer, : len(table.slot_of)], bonus[layer], published_at[layer])
 
+    def prefetch(self, tokens: NDArray[np.int32]) -> None:
+        """Bring in what the policy predicts for the step about to run."""
+        if self._prefetch is None:
+            return
+        self._chances[:] = 0
+        if not self.driver.predict(tokens, self._chances):
+            return
+        for layer, (table, most) in enumerate(zip(self.tables, self._rooms, strict=True)):
+            chance = self._chances[layer, : len(table.slot_of)]
+            come, go = plan(table, chance, self._prefetch.threshold, most)
+            table.place(come, go)
+            self._move(layer, come, go)
+            self.counters.prefetches[layer] += len(come)
+            self._waiting[layer, come] = True
+            self._ahead[layer] = come
+
     def step(self, trace: Trace, start: int, stop: int, path: NDArray[np.uint8]) -> Step:
         ids = trace.experts(start, stop)
         ids[path == NOT_RUN] = -1
@@ -124,8 +171,6 @@ class _Replay:
         routed = np.count_nonzero(ran, axis=1)
         wholly = (routed == ran.shape[1]).tolist()
         missed = np.zeros(ran.shape, np.bool_)
-        fills: list[tuple[int, int]] = []
-        evictions: list[tuple[int, int]] = []
         most = path.max(axis=0)
         kinds = most.tolist()
         for layer, (table, kind) in enumerate(zip(self.tables, kinds, strict=True)):
@@ -133,7 +178,8 @@ class _Replay:
                 continue
             uses = by_use[layer] if wholly[layer] else by_use[layer][ran[layer]]
             if kind == POOL:
-                missed[layer][ran[layer]] = self._bring(layer, uses, fills, evictions)
+                missed[layer][ran[layer]] = self._bring(layer, uses, self._ahead[layer])
+                self._find_useful(layer, uses)
             table.use(uses)
         counters, pooled = self.counters, most == POOL
         n_misses = np.count_nonzero(missed, axis=1)
@@ -150,12 +196,14 @@ class _Replay:
         for layer, kind in enumerate(kinds):
             if kind > POOL:
                 last = ids[_first_seed_row(ids, self.geometry, layer) :, layer, ::-1]
-                seeded = self._bring(layer, last[last >= 0], fills, evictions)
+                seeded = self._bring(layer, last[last >= 0], _NONE)
                 counters.seed_fills[layer] += int(seeded.sum())
         counters.tokens += stop - start
         counters.steps += 1
         hits = (ids >= 0) & in_pool[:, :, None]
         hits &= ~by_row.transpose(1, 0, 2)[:, :, ::-1]
+        fills, evictions = self._fills, self._evictions
+        self._begin()
         return Step(
             ids=ids,
             path=path,
@@ -168,32 +216,39 @@ class _Replay:
             evictions=np.array(evictions, np.int32).reshape(-1, 2),
         )
 
-    def _bring(
-        self,
-        layer: int,
-        uses: NDArray[np.int32],
-        fills: list[tuple[int, int]],
-        evictions: list[tuple[int, int]],
-    ) -> NDArray[np.bool_]:
+    def _bring(self, layer: int, uses: NDArray[np.int32], kept: NDArray[np.int32]) -> NDArray[np.bool_]:
         table, driver = self.tables[layer], self.driver
         asks = driver.mode == "callback"
         miss, evicted = table.bring(
-            uses, (lambda n, pinned: driver.victims(layer, n, pinned, table.last_use)) if asks else None
+            uses, (lambda n, pinned: driver.victims(layer, n, pinned, table.last_use)) if asks else None, kept
         )
         filled = uses[miss]
-        if not len(filled):
-            return miss
-        for experts, moves, count, event in (
-            (evicted, evictions, self.counters.evictions, driver.drop),
-            (filled, fills, self.counters.fills, driver.admit),
-        ):
-            if len(experts):
-                count[layer] += len(experts)
-                moves += [(layer, expert) for expert in experts.tolist()]
-                if asks:
-                    event(layer, experts)
-        self.counters.bytes[layer] += len(filled) * self.geometry.expert_bytes[layer]
+        if len(filled):
+            self._move(layer, filled, evicted)
+            if asks:
+                if len(evicted):
+                    driver.drop(layer, evicted)
+                driver.admit(layer, filled)
         return miss
+
+    def _move(self, layer: int, filled: NDArray[np.int32], evicted: NDArray[np.int32]) -> None:
+        """Note and count what came and went."""
+        counters = self.counters
+        if len(evicted):
+            self._evictions += [(layer, expert) for expert in evicted.tolist()]
+            counters.evictions[layer] += len(evicted)
+            counters.prefetch_wasted[layer] += np.count_nonzero(self._waiting[layer, evicted])
+            self._waiting[layer, evicted] = False
+        self._fills += [(layer, expert) for expert in filled.tolist()]
+        counters.fills[layer] += len(filled)
+        counters.bytes[layer] += len(filled) * self.geometry.expert_bytes[layer]
+
+    def _find_useful(self, layer: int, uses: NDArray[np.int32]) -> None:
+        if self._prefetch is not None:
+            waiting = self._waiting[layer]
+            n_before = np.count_nonzero(waiting)
+            waiting[uses] = False
+            self.counters.prefetch_useful[layer] += n_before - np.count_nonzero(waiting)
 
 
 def _first_seed_row(ids: NDArray[np.int32], geometry: Geometry, layer: int) -> int:

@@ -7,15 +7,19 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from policy_contract import real_trace
 
 from fate_bind import library
 from fate_bind.__main__ import main
-from fate_policy import config
+from fate_policy import config, cost
+from fate_policy.classifier import Classifier
+from fate_policy.prefetch_rule import Prefetch
 from fate_policy.replay import replay
 
 
@@ -134,3 +138,43 @@ def test_what_the_lab_needs_is_asked_for_only_there() -> None:
     assert done.stderr == (
         "fate: error: replay in compiled loops needs numba: run `pip install 'fate[lab]'`\n"
     )
+
+
+def save_model() -> None:
+    """Save a model of the trace's shape that has seen no token."""
+    empty = [], np.zeros((0, 2), np.float32), np.zeros((0, 2, 1), np.float16)
+    replace(cost.untrained([32] * 24, [4] * 24), tables=(empty, empty)).save("model.npz")
+
+
+def test_replay_prefetches_what_a_policy_predicts(capsys: pytest.CaptureFixture[str]) -> None:
+    save_model()
+    command = ["replay", "real", "--policy", "classifier:model=model.npz+evict_by=lru", "--capacity", "8"]
+    command += ["--prefetch", "token", "--prefetch-threshold", "0.4", "--prefetch-experts", "2"]
+    assert main([*command, "--format", "json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    policy = Classifier(model="model.npz", evict_by="lru")
+    counters = replay(real_trace(), policy, n_slots=8, prefetch=Prefetch(0.4, 2))
+    totals = counters.totals()
+    assert row["hit_rate"] == counters.hit_rate
+    assert row["prefetched_per_token"] == totals["prefetches"] / totals["tokens"] > 0
+    assert row["useful"] == totals["prefetch_useful"] / totals["prefetches"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.split("\n")[0].split()[-2:] == ["prefetched_per_token", "useful"]
+
+
+@pytest.mark.parametrize(
+    ("args", "fault"),
+    [
+        (["--policy", "lru"], "prefetch: policy lru has no predict()"),
+        (["--cold"], "prefetch: is replayed as the engine runs only"),
+        (["--no-sync"], "prefetch: can be replayed in table mode with sync"),
+        (["--prefetch-threshold", "2"], "prefetch_threshold: 2.0 is not allowed"),
+    ],
+)
+def test_replay_says_where_prefetch_cannot_be(
+    args: list[str], fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model()
+    command = ["replay", "real", "--policy", "classifier:model=model.npz", "--capacity", "8"]
+    assert main([*command, "--prefetch", "token", *args]) == 1
+    assert fault in capsys.readouterr().err

@@ -15,6 +15,7 @@ from fate_policy.base import POOL, STAGED, History, Policy, Step
 from fate_policy.errors import PolicyConfigError, TraceError
 from fate_policy.frequency import Frequency
 from fate_policy.kernels import Routing, simulate_scores
+from fate_policy.prefetch_rule import Prefetch
 from fate_policy.replay import geometry_of, replay
 
 
@@ -223,3 +224,71 @@ def test_known_hit_rates_at_a_quarter_of_the_experts(policy: Policy | str, rate:
     assert FOLDER is not None
     counters = replay(trace.load(Path(FOLDER) / "gptoss20b_stem.npz"), policy, n_slots="25%")
     assert round(counters.hit_rate, 3) == rate
+
+
+class Following(Policy):
+    """Predict that a token uses what the token before it used, and one expert more."""
+
+    def predict(self, step: Step, token_id: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        ids = step.ids[-1]
+        chance = np.zeros((len(ids), 16), np.float32)
+        layer, rank = np.nonzero(ids >= 0)
+        chance[layer, ids[layer, rank]] = 0.9
+        chance[:, 7] = np.maximum(chance[:, 7], 0.5)
+        ranked = np.argsort(-chance, axis=1, kind="stable").astype(np.int32)
+        return ranked, np.take_along_axis(chance, ranked, axis=1)
+
+
+def test_a_hand_counted_prefetch() -> None:
+    """3 slots, one expert a token: 7 comes in before token 1, goes for 2, comes again before 3, is used."""
+    routed = tiny([[0], [1], [2], [3], [7]], [0, 1, 2, 3, 4], 16, 3)
+    totals = replay(routed, Following(), prefetch=Prefetch(0.5, 1)).totals()
+    assert {name: value for name, value in totals.items() if value} == {
+        "routed": 5,
+        "hits": 1,  # 7
+        "misses": 4,
+        "fills": 6,
+        "evictions": 3,  # 7 for 2, 0 for 7, 1 for 3
+        "bytes": 60,
+        "rows": 5,
+        "rows_all_resident": 1,
+        "prefetches": 2,
+        "prefetch_useful": 1,
+        "prefetch_wasted": 1,
+        "tokens": 5,
+        "steps": 5,
+    }
+
+
+def test_what_is_not_likely_enough_does_not_come() -> None:
+    routed = tiny([[0], [1], [2], [3], [7]], [0, 1, 2, 3, 4], 16, 3)
+    assert replay(routed, Following(), prefetch=Prefetch(0.95, 1)) == replay(routed, "lru")
+
+
+def test_steps_of_a_replay_with_prefetch_tell_what_is_resident() -> None:
+    class Resident(Following):
+        def observe(self, step: Step) -> None:
+            self.last = step
+
+        def scores(self, history: History) -> None:
+            self.resident = history.resident.copy()
+
+    policy = Resident()
+    routed = synthetic_trace(300)
+    counters = replay(routed, policy, prefetch=Prefetch(0.5, 4))
+    assert counters.prefetches.all()
+    assert counters.prefetch_wasted.any()
+    counted = counters.fills - counters.evictions
+    assert policy.resident.sum(axis=1).tolist() == counted.tolist()
+
+
+@pytest.mark.parametrize(("mode", "sync"), [("table", False), ("callback", True)])
+def test_prefetch_is_replayed_only_where_time_does_not_count(mode: str, sync: bool) -> None:
+    with pytest.raises(
+        PolicyConfigError, match=r"^prefetch: can be replayed in table mode with sync, and not in"
+    ):
+        replay(synthetic_trace(), Following(), mode=mode, sync=sync, prefetch=Prefetch())
+    with pytest.raises(PolicyConfigError, match=r"^prefetch: policy lru has no predict\(\)"):
+        replay(synthetic_trace(), "lru", prefetch=Prefetch())
+    with pytest.raises(PolicyConfigError, match=r"^prefetch_experts: 17 is not allowed; expected a whole"):
+        Prefetch(experts=17)

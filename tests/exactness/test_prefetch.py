@@ -1,0 +1,187 @@
+"""Prefetch on the host: the same bits whatever is predicted, and the counters of replay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fate_bind.session import Session
+from fate_policy import assess, train
+from fate_policy.base import Geometry, History, Policy, Step
+from fate_policy.classifier import Classifier
+from fate_policy.counters import Counters
+from fate_policy.model import Model
+from fate_policy.prefetch_rule import Prefetch
+from fate_policy.replay import replay
+from fate_policy.trace import Trace, load
+
+pytestmark = pytest.mark.model
+
+N_LAYERS, N_EXPERTS, K = 8, 32, 4
+ARGS = ["-c", "1024", "-np", "4", "-ub", "32", "-t", "2"]
+TEXT = "def mean(values):\n    return sum(values) / len(values)\n\nOnce there was a boy who counted stars."
+
+
+def drive(session: Session) -> NDArray[np.float32]:
+    """Return the logits of prompts, single tokens of one and of four sequences, and batches."""
+    tokens = session.tokenize(TEXT)
+    found = [session.logits(tokens)]
+    for _ in range(30):
+        found.append(session.logits([int(np.argmax(found[-1][-1]))]))
+    session.clear()
+    for sequence in range(4):
+        part = tokens[sequence * 4 : sequence * 4 + 6]
+        found.append(session.decode(part, range(6), [sequence] * 6, [False] * 5 + [True]))
+    for position in range(6, 12):
+        four = tokens[position : position + 4]
+        found.append(session.decode(four, [position] * 4, range(4), [True, False, True, True]))
+    for i in range(12):
+        found.append(session.decode(tokens[i : i + 1], [12 + i // 4], [i % 4], [i % 3 > 0]))
+    return np.concatenate(found)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[tuple[Session, NDArray[np.float32]]]:
+    with Session(args=ARGS, fate=False) as session:
+        yield session, drive(session)
+
+
+@pytest.fixture(scope="module")
+def recorded(plain: tuple[Session, NDArray[np.float32]], tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    path = tmp_path_factory.mktemp("prefetch") / "trace.npz"
+    with plain[0].fork(record=path) as session:
+        drive(session)
+    return load(path)
+
+
+@pytest.fixture(scope="module")
+def fitted(recorded: Trace) -> Model:
+    small = train.Options(
+        sample_every=1, rank_basis=16, rank=16, n_folds=2, heads=((0.25, 4), (0.5, 8)), table_minimum=1
+    )
+    return train.fit([assess.decode_only(recorded)], small)
+
+
+class Forged(Policy):
+    """Predict by `kind`, with the routing of the very run at hand: it knows what is right."""
+
+    def __init__(self, kind: str, trace: Trace) -> None:
+        self.kind, self._trace = kind, trace
+
+    def start(self, geometry: Geometry) -> None:
+        self._shape = geometry.n_layers, geometry.max_experts
+        self._n_steps = 0
+
+    def observe(self, step: Step) -> None:
+        self._n_steps += 1
+
+    def predict(self, step: Step, token_id: int) -> tuple[NDArray[np.int32], NDArray[np.float32]] | None:
+        chance = np.zeros(self._shape, np.float32)
+        if self.kind == "none":
+            return None
+        if self.kind == "all":
+            chance[:] = 1
+        elif self.kind == "random":
+            chance = np.random.default_rng([self._n_steps, token_id]).random(self._shape, np.float32)
+        else:
+            row = int(self._trace.step_bounds()[self._n_steps])
+            layer, rank = np.nonzero(self._trace.path[row][:, None] > np.zeros(K))
+            chance[layer, self._trace.experts(row, row + 1)[0][layer, rank]] = 1
+            chance = chance if self.kind == "right" else 1 - chance
+        ranked = np.argsort(-chance, axis=1, kind="stable").astype(np.int32)
+        return ranked, np.take_along_axis(chance, ranked, axis=1)
+
+
+class Scoring(Forged):
+    """The same with scores, which nobody would give, but which count."""
+
+    def scores(self, history: History) -> NDArray[np.float32]:
+        return np.random.default_rng(self._n_steps).random(self._shape, np.float32)
+
+
+POLICIES: dict[str, Callable[[Trace, Model], Policy]] = {
+    **{kind: lambda trace, _, kind=kind: Forged(kind, trace) for kind in ("none", "all", "right", "wrong")},  # type: ignore[misc]
+    "random": lambda trace, _: Forged("random", trace),
+    "random, scores": lambda trace, _: Scoring("random", trace),
+    "classifier": lambda _, fitted: Classifier.of(fitted),
+    "classifier, lru": lambda _, fitted: Classifier.of(fitted, evict_by="lru"),
+}
+
+
+def ran(
+    plain: tuple[Session, NDArray[np.float32]], policy: Policy, slots: int, prefetch: Prefetch, record: Path
+) -> Counters:
+    """Run, hold the logits against those without the pool, and return the engine's counters."""
+    session, expected = plain
+    with session.fork(
+        policy=policy,
+        slots=slots,
+        sync=True,
+        prefetch="token",
+        prefetch_threshold=prefetch.threshold,
+        prefetch_experts=prefetch.experts,
+        record=record,
+    ) as pooled:
+        got = drive(pooled)
+        pooled.check()
+    assert np.array_equal(got.view(np.uint32), expected.view(np.uint32))
+    return pooled.counters()
+
+
+@pytest.mark.parametrize("slots", [K, K + 1, 10, 16, N_EXPERTS - 1])
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_bits_are_those_without_and_the_counters_those_of_replay(
+    name: str,
+    slots: int,
+    plain: tuple[Session, NDArray[np.float32]],
+    recorded: Trace,
+    fitted: Model,
+    tmp_path: Path,
+) -> None:
+    prefetch = Prefetch(0.3, 6)
+    path = tmp_path / "trace.npz"
+    policies = [POLICIES[name](recorded, fitted) for _ in range(2)]
+    engine = ran(plain, policies[0], slots, prefetch, path)
+    replayed = replay(load(path), policies[1], prefetch=prefetch)
+    assert engine == replayed, f"{engine.totals()}\n{replayed.totals()}"
+
+    total = engine.totals()
+    assert total["fills"] == total["misses"] + total["seed_fills"] + total["prefetches"]
+    done = total["prefetch_useful"] + total["prefetch_wasted"]
+    assert done <= total["prefetches"] <= done + slots * N_LAYERS
+    assert total["prefetch_late"] == total["prefetch_cancelled"] == 0
+    assert (total["prefetches"] > 0) == (name != "none" and slots > K)
+    if name in ("right", "wrong", "random") and K < slots < N_EXPERTS - 1:
+        assert (total["prefetch_useful"] > 0) == (name != "wrong" or slots >= 10)
+        assert (total["prefetch_wasted"] > 0) == (name != "right")
+
+
+def test_what_is_predicted_rightly_is_there_when_it_is_needed(
+    plain: tuple[Session, NDArray[np.float32]], recorded: Trace, tmp_path: Path
+) -> None:
+    """Prompts, batches and the very first step, of which nothing is predicted, are all that misses."""
+    path = tmp_path / "trace.npz"
+    engine = ran(plain, Forged("right", recorded), 10, Prefetch(0.5, 8), path)
+    steps = np.diff(load(path).step_bounds())
+    alone = np.repeat(steps == 1, steps)
+    hits = load(path).path[alone] == 1
+    assert hits.any()
+    assert engine.totals()["prefetch_useful"] == engine.totals()["prefetches"] > 0
+    without = replay(load(path), "lru")
+    assert engine.totals()["misses"] < without.totals()["misses"]
+    assert engine.totals()["rows_all_resident"] >= hits.sum()
+
+
+def test_nothing_comes_in_early_on_the_host_without_sync(
+    plain: tuple[Session, NDArray[np.float32]], recorded: Trace
+) -> None:
+    session, expected = plain
+    with session.fork(policy=Forged("right", recorded), slots=10, prefetch="token") as pooled:
+        got = drive(pooled)
+    assert np.array_equal(got.view(np.uint32), expected.view(np.uint32))
+    assert pooled.counters().totals()["prefetches"] == 0
+    assert pooled.stats()["no_prefetch"].startswith("the layers run on the CPU")
