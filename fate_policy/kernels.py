@@ -283,8 +283,9 @@ def simulate_scores(
         float32 (n_steps, n_layers, n_experts), higher stays, or a function of (start, stop) that returns
         those of these steps; it is asked in order, `TABLE_BYTES` at a time.
     bonus
-        What a use adds that the table's maker had not seen: with delay one in the `delay` steps before, as in
-        the engine with `sync: false`; without, only that by which an expert is admitted.
+        What a use adds that the table's maker had not seen: one in the step at hand, which tells on seeding,
+        on admission and in a pool of the whole model, and with a delay one in the `delay` steps before, as in
+        the engine with `sync: false`.
     delay
         Steps by which tables act late: table t decides at step t + delay, and until the first one comes all
         scores are equal.

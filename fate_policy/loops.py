@@ -295,9 +295,8 @@ def run(
             known[:] = False
         for layer in range(n_layers):
             kinds[layer] = _path_of(start, stop, path, layer)
+        published = clocks[1]
         for seeding in (False, True):
-            # _NOW: nothing can have been used since the publication
-            published = clocks[1] if seeding or len(clocks) > 3 or not fresh else _NOW
             for layer in range(n_layers):
                 kind = kinds[layer]
                 if kind == NOT_RUN or (seeding and kind == POOL):

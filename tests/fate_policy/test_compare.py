@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import joblib
 import numpy as np
 import pytest
-from policy_contract import real_trace, synthetic_trace
+from policy_contract import make_step, real_trace, synthetic_trace
 
-from fate_policy.base import Geometry, History, Policy, Step
+from fate_policy.base import POOL, Geometry, History, Policy, Step
 from fate_policy.compare import compare, make, replay_policy
+from fate_policy.driver import Driver
 from fate_policy.errors import PolicyConfigError, TraceError
 from fate_policy.frequency import Frequency
 from fate_policy.lru import LRU
 from fate_policy.random import Random
-from fate_policy.replay import replay
+from fate_policy.replay import geometry_of, replay
+from fate_policy.rule import first_seed_row
 from fate_policy.trace import Trace
 
 
@@ -84,6 +87,81 @@ def test_scores_act_when_the_engine_has_them_act(policy: Policy, when: dict[str,
         assert replay_policy(trace, policy, n_slots, **when).counters == replay(
             trace, policy, n_slots=n_slots, **when
         )
+
+
+class OnePool:
+    """One pool for all layers, by the driver's scores, one clock and plain sorting."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+        shape = driver.history.last_use.shape
+        self.last_use = np.zeros(shape, np.int64)
+        self.clock = self.published_at = 0
+        self.resident: set[tuple[int, int]] = set()
+        self.counts = {name: np.zeros(shape[0], np.int64) for name in ("misses", "seed_fills", "evictions")}
+
+    def publish(self) -> None:
+        if self.driver.publish() is not None:
+            self.published_at = self.clock
+
+    def worth(self, pair: tuple[int, int]) -> tuple[np.float32, int]:
+        history, used = self.driver.history, int(self.last_use[pair])
+        bonus = history.bonus[pair[0]] if used > self.published_at else np.float32(0)
+        return history.scores[pair] + bonus, used
+
+    def bring(self, layer: int, uses: list[int], count: str) -> None:
+        needed = dict.fromkeys((layer, expert) for expert in uses)
+        absent = needed.keys() - self.resident
+        n_slots = int(self.driver.geometry.n_slots.sum())
+        n_victims = max(0, len(self.resident) + len(absent) - n_slots)
+        victims = sorted(self.resident - needed.keys(), key=self.worth)[:n_victims]
+        for other, _ in victims:
+            self.counts["evictions"][other] += 1
+        self.counts[count][layer] += len(absent)
+        self.resident = self.resident - set(victims) | absent
+
+    def use(self, layer: int, uses: list[int]) -> None:
+        for expert in uses:
+            self.clock += 1
+            self.last_use[layer, expert] = self.clock
+
+
+def in_one_pool(trace: Trace, policy: Policy) -> dict[str, list[int]]:
+    """Return misses, seeds and evictions of each layer."""
+
+    def uses(ids: np.ndarray[Any, Any]) -> list[int]:
+        flat = ids[:, ::-1].ravel()
+        return flat[flat >= 0].tolist()
+
+    geometry = geometry_of(trace)
+    pool = OnePool(Driver(policy, geometry))
+    for start, stop in pairwise(trace.step_bounds().tolist()):
+        pool.publish()
+        ids, path = trace.experts(start, stop), trace.path[start:stop]
+        kinds = path.max(axis=0).tolist()
+        for layer, kind in enumerate(kinds):
+            if kind == POOL:
+                pool.bring(layer, uses(ids[:, layer]), "misses")
+            pool.use(layer, uses(ids[:, layer]))
+        for layer, (k, n_slots) in enumerate(zip(geometry.k, geometry.n_slots, strict=True)):
+            if kinds[layer] > POOL:
+                seeding = ids[first_seed_row(ids[:, layer], int(k), int(n_slots)) :, layer]
+                pool.bring(layer, uses(seeding), "seed_fills")
+        pool.driver.observe(make_step(ids, path))
+    return {name: column.tolist() for name, column in pool.counts.items()}
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [Frequency(), Frequency(lfru=True), Random(seed=3), Sparse()],
+    ids=["count", "lfru", "random", "sparse"],
+)
+def test_in_one_pool_uses_of_the_step_at_hand_have_their_bonus(policy: Policy) -> None:
+    """The least of a layer was once found without it, and kept so while other layers seeded."""
+    routed = synthetic_trace(500)
+    expected = in_one_pool(routed, policy)
+    counters = replay_policy(routed, policy, None, pool="global").counters
+    assert {name: getattr(counters, name).tolist() for name in expected} == expected
 
 
 def test_a_bar_moves_within_a_row(
