@@ -58,10 +58,13 @@ def install(loaded: library.Library) -> None:
         predicted: Any,
     ) -> int:
         def call(host: Host) -> None:
-            half, known = host.find(engine), array(tokens, (n_tokens,), INT32)
-            published[0] = half.expect(known, array(sequences, (n_tokens,), INT32), scores, bonus)
+            half = host.find(engine)
+            coming = tuple(array(column, (n_tokens,), INT32) for column in (tokens, sequences, positions))
+            half.expect(coming, asks_scores=bool(scores))
             if chances:
-                predicted[0] = half.predict(known, chances)
+                predicted[0] = half.predict(coming[0], chances)
+            if scores:
+                published[0] = half.publish(scores, bonus)
 
         return guarded(user, call)
 

@@ -66,6 +66,7 @@ class Engine:
         self._seconds = 0.0
         self._last: Report | None = None
         self._asking = _Asking(self)
+        self._is_foretold = False  # what comes next was told already
         self.geometry = self._read_geometry()
         self.n_experts: list[int] = self.geometry.n_experts.tolist()
         self.is_engaged = bool(self._info().engaged)
@@ -109,14 +110,19 @@ class Engine:
             self.driver.observe(step)
             return not self.driver.expects and self._publish(scores, bonus)
 
-    def expect(
-        self, tokens: NDArray[np.int32], sequences: NDArray[np.int32], scores: Any, bonus: Any
-    ) -> bool:
-        """Take in what comes next; return whether new scores were written."""
+    def expect(self, coming: tuple[NDArray[np.int32], ...], asks_scores: bool) -> None:
+        """Take in what comes next, as `Driver.expect` does; a call without scores is followed by one with."""
+        is_told, self._is_foretold = self._is_foretold, not asks_scores
+        if is_told or self.driver is None or self._policy_error is not None:
+            return
+        with self._asking(time.perf_counter()):
+            self.driver.expect(*coming)
+
+    def publish(self, scores: Any, bonus: Any) -> bool:
+        """Return whether new scores were written."""
         if self.driver is None or self._policy_error is not None:
             return False
         with self._asking(time.perf_counter()):
-            self.driver.expect(tokens, sequences)
             return self._publish(scores, bonus)
 
     def predict(self, tokens: NDArray[np.int32], chances: Any) -> bool:

@@ -57,9 +57,10 @@ def serve(
     slow = {name: scorer for name, scorer in scorers.items() if not scorer.is_linear}
     waiting: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
     bar = Bar(trace.n_tokens, progress)
+    positions = trace.position.tolist()
     for t, sequence in enumerate(trace.sequence.tolist()):
         bar.show(t)
-        state.expect(tokens[t], sequence)
+        state.expect(tokens[t], sequence, positions[t])
         row, context = state.now()
         squeezed = fitted.squeezed(context)
         for name, scorer in scorers.items():

@@ -115,9 +115,10 @@ class Policy:
     def observe(self, step: Step) -> None:
         """Event: a step is over. Its arrays are yours to keep, not to change."""
 
-    def expect(self, token: int, sequence: int) -> None:
+    def expect(self, token: int, sequence: int, position: int) -> None:
         """Event: this token makes up the step after the last one observed; told before `scores` is asked.
 
+        `position` is its place in the sequence, from 0, as in `Step.positions`; -1 = unknown.
         With `sync: true` that step waits, and the scores act on it; else it runs already, and they act on the
         step after it (`History.acts_late`). Of a step of several tokens nothing is told.
         """

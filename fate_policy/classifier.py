@@ -77,24 +77,26 @@ class Classifier(Policy):
         self._state.learning = self.learn
         self._table: NDArray[np.float32] | None = np.zeros(fitted.shape.table, np.float32)
         self._inputs = self._asked()
-        self._expected: tuple[int, int] | None = None  # the token and sequence that the inputs are for
+        self._expected: tuple[int, int, int] | None = None  # what the inputs are for, as told
         self._is_over = True  # it was observed
 
     def observe(self, step: Step) -> None:
         first = max(0, step.n_tokens - MOST_ROWS)
         for i in range(first, step.n_tokens):
-            token, sequence = int(step.tokens[i]), int(step.sequences[i])
+            token, sequence, position = (
+                int(column[i]) for column in (step.tokens, step.sequences, step.positions)
+            )
             ids = step.ids[i]
             if i == step.n_tokens - 1:
-                if (token, sequence) != self._expected or step.n_tokens > 1:
-                    self._prepare(token, sequence)
+                if (token, sequence, position) != self._expected or step.n_tokens > 1:
+                    self._prepare(token, sequence, position)
                 self._last_ids = ids
             self._state.observe(ids, token, sequence, None if step.weights is None else step.weights[i])
         self._expected, self._is_over, self._table = None, True, None
 
-    def expect(self, token: int, sequence: int) -> None:
-        self._prepare(token, sequence)
-        self._expected, self._is_over, self._table = (token, sequence), False, None
+    def expect(self, token: int, sequence: int, position: int) -> None:
+        self._prepare(token, sequence, position)
+        self._expected, self._is_over, self._table = (token, sequence, position), False, None
 
     def scores(self, history: History) -> NDArray[np.float32] | None:
         if self.evict_by == "lru":
@@ -115,7 +117,7 @@ class Classifier(Policy):
         if self._is_over or self._expected is None or self._expected[0] != token_id:
             # the features are a buffer, which the supposed token's overwrite
             self._inputs = inputs[0].copy(), inputs[1]
-            with self._state.supposing(token_id, int(step.sequences[-1])):
+            with self._state.supposing(token_id, int(step.sequences[-1]), int(step.positions[-1]) + 1):
                 inputs = self._asked()
         odds = self._scorers["now"](*inputs)
         experts = np.argsort(-odds, axis=1, kind="stable").astype(np.int32)
@@ -124,8 +126,8 @@ class Classifier(Policy):
     def _kind(self, history: History) -> str:
         return "late" if self._is_over or history.acts_late else "keep"
 
-    def _prepare(self, token: int, sequence: int) -> None:
-        self._state.expect(token, sequence)
+    def _prepare(self, token: int, sequence: int, position: int) -> None:
+        self._state.expect(token, sequence, position)
         self._inputs = self._asked()
 
     def _asked(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

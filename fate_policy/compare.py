@@ -27,7 +27,7 @@ from fate_policy.kernels import Result, Routing, Simulation
 from fate_policy.lru import LRU
 from fate_policy.prefetch_rule import Prefetch
 from fate_policy.progress import Bar
-from fate_policy.replay import geometry_of, paths, replay
+from fate_policy.replay import coming, geometry_of, paths, replay
 from fate_policy.timeline import Machine, timeline
 from fate_policy.trace import Trace
 
@@ -350,7 +350,7 @@ def _drive(trace: Trace, driver: Driver, simulation: Simulation, say: Say) -> No
             driver.observe(waiting.popleft())
         if step >= lag or lag == 1:
             first, last = bounds[step + 1 - lag : step + 3 - lag]
-            driver.expect(trace.tokens[first:last], trace.sequence[first:last])
+            driver.expect(*coming(trace, first, last))
             if (published := driver.publish()) is not None:
                 scores, bonus, fresh = published[0][None], published[1], True
         if simulation.cold and simulation.routing.starts[step]:

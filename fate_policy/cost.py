@@ -67,7 +67,7 @@ def table_seconds(
     for t in range(n_tokens):
         ids = np.argsort(rng.random((n_layers, n_experts)), axis=1)[:, :k].astype(np.int32)
         start = time.perf_counter()
-        state.expect(t % 20, 0)
+        state.expect(t % 20, 0, 0)
         row, context = state.now()
         scorer(row, fitted.squeezed(context))
         middle = time.perf_counter()

@@ -157,12 +157,14 @@ class Driver:
         if self.mode == "callback" and not self.expects:
             self._refresh()
 
-    def expect(self, tokens: NDArray[np.int32], sequences: NDArray[np.int32]) -> None:
+    def expect(
+        self, tokens: NDArray[np.int32], sequences: NDArray[np.int32], positions: NDArray[np.int32]
+    ) -> None:
         """Take in what the step after the last one observed consists of, and tell a policy that expects."""
         if not self.expects:
             return
         if len(tokens) == 1:
-            self._timed(self.policy.expect, int(tokens[0]), int(sequences[0]))
+            self._timed(self.policy.expect, int(tokens[0]), int(sequences[0]), int(positions[0]))
         if self.mode == "callback":
             self._refresh()
 

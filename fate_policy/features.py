@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from fate_policy import checks
 
 HALF_LIVES = (1, 2, 4, 8, 16, 32, 64, 256)
+EARLY_HALF_LIVES = (4, 16, 64, 256)
+EARLY_TOKENS, EARLY_END = 24, 384
 NGRAMS = (2, 4, 8)
 NAMES = (
     *(f"rate_{n}" for n in HALF_LIVES),
@@ -28,12 +30,15 @@ NAMES = (
     "token_later",
     "pair_later",
     *(f"repeat_{n}_{when}" for when in ("now", "soon", "later") for n in NGRAMS),
+    *(f"early_log_rate_{n}" for n in EARLY_HALF_LIVES),
 )
 """rate: decayed share of tokens that used the expert, by half-life in tokens.
 
 token, pair: how often it was used at, or in the `LATER` tokens after, earlier occurrences of this token, or
 of this token after the one before it; rare ones back off to the token and to the rates.
 repeat: whether it was used at, or after, the last occurrence of the longest context that was seen before.
+early: a log_rate by how early in its sequence the token is, halved every `EARLY_TOKENS`, 0 from `EARLY_END`:
+there the rates tell of other text. The position alone would move all experts of a layer alike.
 """
 WEIGHT_HALF_LIVES = (1, 4, 16, 64)
 WEIGHT_NAMES = (
@@ -260,8 +265,9 @@ class Features:
         self._seen = [Contexts(n_history) for _ in NGRAMS]
         self._sequences: dict[int, _Sequence] = {}
         self._offset = (np.arange(n_layers) * n_experts)[:, None]
+        self._early_of = [len(HALF_LIVES) + HALF_LIVES.index(n) for n in EARLY_HALF_LIVES]
         self._row = np.zeros((n_layers, len(names(weights)), n_experts), np.float32)
-        self._repeats = False  # the row's features of repeats are not 0
+        self._repeats = self._is_early = False  # the row's features of repeats, of early tokens are not 0
         steps = np.arange(FOLLOW)
         self._soon = ((1 - FOLLOW_SOON) * FOLLOW_SOON**steps).astype(np.float32)
         self._later = ((1 - FOLLOW_LATER) * FOLLOW_LATER**steps).astype(np.float32)
@@ -276,11 +282,12 @@ class Features:
         """Length of the context vector."""
         return N_CONTEXTS * len(self._last)
 
-    def expect(self, token: int, sequence: int) -> None:
-        """Take in which token runs next; `UNKNOWN` if that is not known."""
+    def expect(self, token: int, sequence: int, position: int = UNKNOWN) -> None:
+        """Take in which token runs next and where in its sequence; `UNKNOWN` if that is not known."""
         known = self._sequences.get(sequence)
         before = known.tokens if known else deque[int]()
         self._token, self._sequence = token, sequence
+        self._early = 2.0 ** (-position / EARLY_TOKENS) if 0 <= position < EARLY_END else 0.0
         self._pair = (before[-1] if before else UNKNOWN, token)
         self._grams: list[tuple[int, ...] | None] = [None] * len(NGRAMS)
         self._match, self._match_level = -1, -1
@@ -296,11 +303,11 @@ class Features:
                 self._match, self._match_level = found, level
 
     @contextlib.contextmanager
-    def supposing(self, token: int, sequence: int) -> Iterator[None]:
+    def supposing(self, token: int, sequence: int, position: int = UNKNOWN) -> Iterator[None]:
         """Ask `now` as if this token ran next, and forget it again."""
-        names = ("_token", "_sequence", "_pair", "_grams", "_match", "_match_level")
+        names = ("_token", "_sequence", "_early", "_pair", "_grams", "_match", "_match_level")
         held = {name: getattr(self, name) for name in names}
-        self.expect(token, sequence)
+        self.expect(token, sequence, position)
         try:
             yield
         finally:
@@ -333,7 +340,11 @@ class Features:
             context[:2] = sums / (self.tokens.n[at] + 2)[:, None]
         context[2] = self._last
         context[5:] = self._contexts
-        repeat = row[:, 2 * h + 5 : len(NAMES)]
+        early = row[:, len(NAMES) - len(EARLY_HALF_LIVES) : len(NAMES)]
+        if self._early or self._is_early:
+            np.multiply(row[:, self._early_of], np.float32(self._early), out=early)
+        self._is_early = self._early > 0
+        repeat = row[:, 2 * h + 5 : len(NAMES) - len(EARLY_HALF_LIVES)]
         if self._repeats:
             repeat[:] = 0
         self._repeats = self._match >= 0

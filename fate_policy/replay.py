@@ -70,17 +70,22 @@ def replay(
             step = run.step(trace, start, stop, path[start:stop])
             if behind is not None:
                 driver.observe(behind)
-                driver.expect(trace.tokens[start:stop], trace.sequence[start:stop])
+                driver.expect(*coming(trace, start, stop))
                 run.publish()
             behind = step
         else:
-            driver.expect(trace.tokens[start:stop], trace.sequence[start:stop])
+            driver.expect(*coming(trace, start, stop))
             run.publish()
             run.prefetch(trace.tokens[start:stop])
             driver.observe(run.step(trace, start, stop, path[start:stop]))
     if behind is not None:
         driver.observe(behind)
     return run.counters
+
+
+def coming(trace: Trace, start: int, stop: int) -> tuple[NDArray[np.int32], ...]:
+    """Return what `Driver.expect` is told of these tokens."""
+    return trace.tokens[start:stop], trace.sequence[start:stop], trace.position[start:stop]
 
 
 def geometry_of(trace: Trace, n_slots: Any = None) -> Geometry:

@@ -205,6 +205,7 @@ def _follow(
     ids = np.concatenate([trace.experts() for trace in traces])
     prompt = np.concatenate([trace.sequence.astype(np.int64) + i * 2**32 for i, trace in enumerate(traces)])
     tokens = np.concatenate([trace.tokens for trace in traces])
+    position = np.concatenate([trace.position for trace in traces])
     decode = np.concatenate([trace.is_decode for trace in traces])
     weights: Any = np.concatenate([trace.weights for trace in traces]) if options.weights else None
     sampled = np.flatnonzero(decode[: n_tokens - 1])
@@ -218,7 +219,7 @@ def _follow(
     bar = Bar(n_tokens, progress)
     for t in range(n_tokens):
         bar.show(t)
-        state.expect(int(tokens[t]), int(prompt[t]))
+        state.expect(int(tokens[t]), int(prompt[t]), int(position[t]))
         row, contexts[t] = state.now()
         if t == token_due:
             rows[n] = row

@@ -57,8 +57,8 @@ class Telling(Policy):
     def observe(self, step: Step) -> None:
         self.told[1] = int(step.tokens[-1])
 
-    def expect(self, token: int, sequence: int) -> None:
-        self.told[0] = 7 * token + sequence
+    def expect(self, token: int, sequence: int, position: int) -> None:
+        self.told[0] = 7 * token + sequence + 1000 * position
 
     def scores(self, history: History) -> NDArray[np.float32]:
         return np.random.default_rng(self.told).random(self.shape, np.float32)

@@ -62,7 +62,7 @@ class Raising(Policy):
     def observe(self, step: Step) -> None:
         self._maybe("observe")
 
-    def expect(self, token: int, sequence: int) -> None:
+    def expect(self, token: int, sequence: int, position: int) -> None:
         self._maybe("expect")
 
     def scores(self, history: History) -> NDArray[np.float32]:
@@ -138,15 +138,17 @@ def test_each_token_is_told_before_its_step_and_decides_in_it(fake: Library, mod
     class Telling(Policy):
         def start(self, geometry: Geometry) -> None:
             self.told: list[int] = []
+            self.positions: list[int] = []
             self.seen: list[Step] = []
 
         def observe(self, step: Step) -> None:
             assert self.told[-1] == step.tokens[0]
             self.seen.append(step)
 
-        def expect(self, token: int, sequence: int) -> None:
+        def expect(self, token: int, sequence: int, position: int) -> None:
             assert len(self.told) == len(self.seen)
             self.told.append(token)
+            self.positions.append(position)
 
         def scores(self, history: History) -> NDArray[np.float32]:
             table = np.ones(history.last_use.shape, np.float32)
@@ -158,6 +160,7 @@ def test_each_token_is_told_before_its_step_and_decides_in_it(fake: Library, mod
         session.logits(TOKENS)
         counters = session.counters()
     assert policy.told == TOKENS
+    assert policy.positions == list(range(len(TOKENS)))
     assert replay(session.record(), Telling(), mode=mode) == counters
     assert counters.evictions.sum() > 0
     decided = 0

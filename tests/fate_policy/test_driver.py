@@ -94,37 +94,36 @@ def test_callback_mode_has_nothing_to_publish() -> None:
 class Expects(Answers):
     """Ask which token comes."""
 
-    def expect(self, token: int, sequence: int) -> None:
-        self.events.append((token, sequence))
+    def expect(self, token: int, sequence: int, position: int) -> None:
+        self.events.append((token, sequence, position))
 
 
-def columns(*rows: tuple[int, int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    tokens, sequences = np.array(rows, np.int32).T
-    return tokens, sequences
+def columns(*rows: tuple[int, int, int]) -> tuple[NDArray[np.int32], ...]:
+    return tuple(np.array(rows, np.int32).T)
 
 
 def test_a_token_alone_in_its_step_is_told_before_scores_are_asked() -> None:
     driver = Driver(Expects(scores=np.ones((3, 16))), SYNTHETIC)
     driver.observe(STEP)
-    driver.expect(*columns((7, 2)))
+    driver.expect(*columns((7, 2, 0)))
     assert driver.publish() is not None
     driver.observe(STEP)
-    driver.expect(*columns((7, 2), (8, 3)))
-    assert driver.policy.events == ["start", "observe", (7, 2), "observe"]  # type: ignore[attr-defined]
+    driver.expect(*columns((7, 2, 1), (8, 3, 0)))
+    assert driver.policy.events == ["start", "observe", (7, 2, 0), "observe"]  # type: ignore[attr-defined]
 
 
 def test_in_callback_mode_scores_come_into_force_once_the_token_is_told() -> None:
     driver = Driver(Expects(scores=np.ones((3, 16))), SYNTHETIC, "callback")
     driver.observe(STEP)
     assert driver.history.publications == 0
-    driver.expect(*columns((7, 2)))
+    driver.expect(*columns((7, 2, 0)))
     assert driver.history.publications == 1
 
 
 def test_a_policy_that_does_not_expect_is_told_nothing() -> None:
     driver = Driver(Answers(scores=np.ones((3, 16))), SYNTHETIC)
     assert not driver.expects
-    driver.expect(*columns((7, 2)))
+    driver.expect(*columns((7, 2, 0)))
     assert driver.policy.events == ["start"]  # type: ignore[attr-defined]
 
 

@@ -147,6 +147,26 @@ def test_a_repeated_context_foretells_what_followed_it() -> None:
     assert column(state, "repeat_4_soon")[1, ids[7, 1]].min() >= np.float32(1 - features.FOLLOW_SOON)
 
 
+def test_rates_count_by_how_early_a_token_is_in_its_sequence() -> None:
+    state = make()
+    ids = random_ids(40, SYNTHETIC, 3)
+    follow(state, ids, [t % 5 for t in range(40)])
+    names = [f"log_rate_{n}" for n in features.EARLY_HALF_LIVES]
+    early = {}
+    for position in (0, features.EARLY_TOKENS, features.EARLY_END, features.UNKNOWN):
+        state.expect(3, 0, position)
+        early[position] = [column(state, f"early_{name}").copy() for name in names]
+    rates = [column(state, name).copy() for name in names]
+    assert np.array_equal(early[0], rates)
+    assert np.array_equal(early[features.EARLY_TOKENS], np.divide(rates, 2))
+    assert not np.any(early[features.EARLY_END])
+    assert not np.any(early[features.UNKNOWN])
+    state.expect(3, 0, features.EARLY_END)
+    with state.supposing(3, 0, 0):
+        assert np.array_equal(column(state, f"early_{names[0]}"), rates[0])
+    assert not column(state, f"early_{names[0]}").any()
+
+
 def test_frozen_tables_do_not_change() -> None:
     state = make()
     ids = random_ids(40, SYNTHETIC, 3)

@@ -122,7 +122,7 @@ class Told(Policy):
     def __init__(self, tables: NDArray[np.float32], bonus: NDArray[np.float32]) -> None:
         self.tables, self.extra, self.token = tables, bonus, 0
 
-    def expect(self, token: int, sequence: int) -> None:
+    def expect(self, token: int, sequence: int, position: int) -> None:
         self.token = token
 
     def scores(self, history: History) -> NDArray[np.float32]:
