@@ -271,8 +271,15 @@ class Scorer:
         chances = np.empty((n, n_layers, n_experts), np.float32)
         for layer, fitted in enumerate(self._head.estimators):
             flat = given[:, layer].transpose(0, 2, 1).reshape(-1, n_inputs)
-            chances[:, layer] = fitted.predict_proba(flat)[:, 1].reshape(n, n_experts)
+            chances[:, layer] = _chances(fitted, flat).reshape(n, n_experts)
         return log_odds(chances)
+
+
+def _chances(fitted: Any, inputs: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
+    """Return the chance of use (n,) by a scikit-learn classifier, which may have seen one answer only."""
+    use = np.flatnonzero(fitted.classes_)
+    chances: NDArray[np.floating[Any]] = fitted.predict_proba(inputs)
+    return chances[:, use[0]] if len(use) else np.zeros(len(inputs), np.float32)
 
 
 def all_inputs(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -11,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fate_policy import features, model
+from fate_policy import estimators, features, model
 from fate_policy.decisions import reaches
-from fate_policy.errors import FateError, TraceError
+from fate_policy.errors import TraceError
 from fate_policy.features import Features, Shape
 from fate_policy.model import AHEAD, AHEAD_LAYERS, TARGETS, Head, Model
 from fate_policy.progress import Bar
@@ -353,7 +352,7 @@ def _fit_head(
         "keep": seen.next_use < within[seen.sampled, :, None],
         "late": seen.next_but_one < within[seen.sampled + 1, :, None],
     }[kind]
-    estimators: list[Any] = []
+    fitted_ones: list[Any] = []
     n_inputs = len(fitted.inputs)
     coef = np.zeros((n_layers, n_inputs), np.float32)
     intercept = np.zeros(n_layers, np.float32)
@@ -379,8 +378,7 @@ def _fit_head(
             inputs = inputs[:, :-1]
         wanted = answer[token, layer, expert]
         if options.estimator:
-            fitted_one = make_estimator(options.estimator, options.seed)
-            estimators.append(fitted_one.fit(inputs[:, :n_inputs], wanted))
+            fitted_ones.append(estimators.fit(options.estimator, options.seed, inputs[:, :n_inputs], wanted))
             bonus[layer] = 2 if kind == "late" else 0
             continue
         linear = _fit_linear(inputs, wanted, options)
@@ -389,7 +387,7 @@ def _fit_head(
         if kind == "late":
             bonus[layer] = linear[n_inputs]
     bar.clear()
-    return Head(kind, window, share, coef, intercept, bonus, estimators or None)
+    return Head(kind, window, share, coef, intercept, bonus, fitted_ones or None)
 
 
 def _fit_linear(
@@ -406,26 +404,6 @@ def _fit_linear(
     fitted.fit((inputs - center) / scale, wanted)
     coef = fitted.coef_[0] / scale
     return np.append(coef, fitted.intercept_[0] - coef @ center).astype(np.float32)
-
-
-def make_estimator(name: str, seed: int) -> Any:
-    """Return a new scikit-learn classifier of "module:Class" on inputs of one scale.
-
-    It has the seed, and stops early, if it takes these arguments.
-    """
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    module, _, cls = name.partition(":")
-    try:
-        made = getattr(importlib.import_module(module), cls)()
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise FateError(f"estimator {name!r}: {error}; expected module:Class of scikit-learn") from error
-    if not hasattr(made, "predict_proba"):
-        raise FateError(f"estimator {name!r} has no predict_proba, and chances are needed")
-    wanted = {"random_state": seed, "early_stopping": True}
-    made.set_params(**{key: value for key, value in wanted.items() if key in made.get_params()})
-    return make_pipeline(StandardScaler(), made)
 
 
 def _fit_ahead(

@@ -6,20 +6,25 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fate_policy import assess, checks, cost, data, trace, train, tune
+from fate_policy import assess, checks, cost, data, estimators, trace, train, tune
 from fate_policy.errors import FateError, TraceError
 from fate_policy.features import TABLE_MB, Features
 from fate_policy.trace import Trace
 
 QUICK_TOKENS, QUICK_TEST_TOKENS = 10_000, 4_000
 LEAST_PROMPTS = 6
+COMPARED = (
+    "sklearn.ensemble:HistGradientBoostingClassifier",
+    "sklearn.neural_network:MLPClassifier",
+    "sklearn.calibration:CalibratedClassifierCV(sklearn.linear_model:LogisticRegression)",
+)
 REPETITIVE = 2
 """The bit of `seq_flags` by which the source marks a prompt whose answer repeats itself."""
 
@@ -53,7 +58,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--compare",
         nargs="*",
         metavar="MODULE:CLASS",
-        help="score estimators on held-out tokens (default: gradient boosting and a small network)",
+        help="score estimators on held-out tokens (default: gradient boosting, a small network, a calibrated "
+        "logistic regression); MODULE:CLASS(MODULE:CLASS) is one around another",
     )
     parser.add_argument(
         "--weights",
@@ -139,10 +145,7 @@ def run(args: argparse.Namespace) -> int:
                     fitted, plain, half_lives, **form
                 )
     if args.compare is not None:
-        names = args.compare or [
-            "sklearn.ensemble:HistGradientBoostingClassifier",
-            "sklearn.neural_network:MLPClassifier",
-        ]
+        names = args.compare or COMPARED
         report["estimators"] = _compare(first, next(iter(tests.values()))[0], options, names, say, shown)
     held_out = {
         name: [
@@ -170,7 +173,7 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace, options: train.Options, traces: list[Trace]) -> None:
     """Find out before the work what would fail after it."""
     for name in filter(None, (options.estimator, *(args.compare or ()))):
-        train.make_estimator(name, options.seed)
+        estimators.make(name, options.seed)
     if options.weights and any(one.weights is None for one in traces):
         raise TraceError(train.NO_WEIGHTS)
     shape = train.shape_of(traces[0])
@@ -212,7 +215,7 @@ def _without_repetitive(test: Trace, path: Path) -> Trace | None:
 
 
 def _compare(
-    first: Trace, second: Trace, options: train.Options, names: list[str], say: Any, shown: bool
+    first: Trace, second: Trace, options: train.Options, names: Sequence[str], say: Any, shown: bool
 ) -> Any:
     """Fit each estimator on few tokens and test it on few, all alike."""
     first, second = _first_prompts(first, QUICK_TOKENS), _first_prompts(second, QUICK_TEST_TOKENS // 4)
