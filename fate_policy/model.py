@@ -42,6 +42,7 @@ class Head:
         that the optimum would choose
     share : the share of experts with a slot that a keep or late head was fitted for
     coef, intercept, bonus : float32 (n_layers, n_inputs), (n_layers,), (n_layers,)
+    estimators : fitted classifiers of scikit-learn, one a layer, in place of the coefficients
     """
 
     kind: str
@@ -272,7 +273,7 @@ class Scorer:
         for layer, fitted in enumerate(self._head.estimators):
             flat = given[:, layer].transpose(0, 2, 1).reshape(-1, n_inputs)
             chances[:, layer] = _chances(fitted, flat).reshape(n, n_experts)
-        return log_odds(chances)
+        return log_odds(chances) + self._head.intercept[:, None]
 
 
 def _chances(fitted: Any, inputs: NDArray[np.float32]) -> NDArray[np.floating[Any]]:

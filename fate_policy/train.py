@@ -31,8 +31,9 @@ FAR = 255
 class Options:
     """How to fit.
 
-    The windows of the heads are chosen anew inside the training prompts by `tune`. The other defaults, and
-    the features, come from a study on gpt-oss-20b that looked at its second half of stem and at safety too.
+    The windows of the heads, and whether answers are balanced, are chosen anew inside the training prompts by
+    `tune`. The other defaults, and the features, come from a study on gpt-oss-20b that looked at its second
+    half of stem and at safety too.
 
     heads : the (share of slots, window) pairs that keep and late heads are fitted for; window 0 asks whether
         the expert is used again before the victim that the optimum would choose with that share
@@ -40,6 +41,8 @@ class Options:
     rank_basis, rank : length of a token's summary, and of the squeezed context
     ridge : penalty of the context's regression, in mean squares of its inputs
     penalty : C of the logistic regression
+    balanced : samples weigh so that yes and no, of which one is rare, weigh alike in a layer; what that adds
+        to the log-odds is taken off again, so that chances hold
     weights : take the router's weights as features too; every trace must hold them
     estimator : "module:Class" of a scikit-learn classifier with predict_proba, instead of the linear one
     """
@@ -51,6 +54,7 @@ class Options:
     rank: int = 160
     ridge: float = 0.05
     penalty: float = 1.0
+    balanced: bool = False
     n_folds: int = 3
     seed: int = 0
     weights: bool = False
@@ -120,6 +124,7 @@ def fit(
             "traces": [trace.hash() for trace in traces],
             "tokens": traces[0].token_names,
             "estimator": options.estimator or "linear",
+            "balanced": options.balanced,
             "seed": options.seed,
             "prompts": len(np.unique(seen.prompt)),
             "importance": importances(fitted, seen.rows, predicted),
@@ -377,21 +382,39 @@ def _fit_head(
         if kind != "late":
             inputs = inputs[:, :-1]
         wanted = answer[token, layer, expert]
+        weight, excess = balance(wanted) if options.balanced else (None, 0.0)
+        intercept[layer] = -excess
         if options.estimator:
-            fitted_ones.append(estimators.fit(options.estimator, options.seed, inputs[:, :n_inputs], wanted))
+            name, seed = options.estimator, options.seed
+            fitted_ones.append(estimators.fit(name, seed, inputs[:, :n_inputs], wanted, weight))
             bonus[layer] = 2 if kind == "late" else 0
             continue
-        linear = _fit_linear(inputs, wanted, options)
+        linear = _fit_linear(inputs, wanted, weight, options)
         coef[layer] = linear[:n_inputs]
-        intercept[layer] = linear[-1]
+        intercept[layer] += linear[-1]
         if kind == "late":
             bonus[layer] = linear[n_inputs]
     bar.clear()
     return Head(kind, window, share, coef, intercept, bonus, fitted_ones or None)
 
 
+def balance(wanted: NDArray[np.bool_]) -> tuple[NDArray[np.float64] | None, float]:
+    """Return weights (n,) by which yes and no weigh n / 2 each, and what they add to the log-odds of yes.
+
+    No weights where all answers are the same.
+    """
+    n_yes = np.count_nonzero(wanted)
+    n_no = len(wanted) - n_yes
+    if not n_yes or not n_no:
+        return None, 0.0
+    return np.where(wanted, len(wanted) / (2 * n_yes), len(wanted) / (2 * n_no)), float(np.log(n_no / n_yes))
+
+
 def _fit_linear(
-    inputs: NDArray[np.float32], wanted: NDArray[np.bool_], options: Options
+    inputs: NDArray[np.float32],
+    wanted: NDArray[np.bool_],
+    weight: NDArray[np.float64] | None,
+    options: Options,
 ) -> NDArray[np.float32]:
     """Return the coefficients of the inputs and the intercept of a logistic regression."""
     from sklearn.linear_model import LogisticRegression
@@ -401,7 +424,7 @@ def _fit_linear(
     center, scale = inputs.mean(axis=0), inputs.std(axis=0)
     scale[scale < 1e-6] = 1
     fitted = LogisticRegression(C=options.penalty, solver="newton-cholesky", max_iter=30, tol=1e-3)
-    fitted.fit((inputs - center) / scale, wanted)
+    fitted.fit((inputs - center) / scale, wanted, weight)
     coef = fitted.coef_[0] / scale
     return np.append(coef, fitted.intercept_[0] - coef @ center).astype(np.float32)
 

@@ -25,6 +25,7 @@ COMPARED = (
     "sklearn.neural_network:MLPClassifier",
     "sklearn.calibration:CalibratedClassifierCV(sklearn.linear_model:LogisticRegression)",
 )
+_BALANCES = {False: "none", True: "balanced"}
 REPETITIVE = 2
 """The bit of `seq_flags` by which the source marks a prompt whose answer repeats itself."""
 
@@ -53,6 +54,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="window",
         help="what scores answer: used again within so many tokens, or before the victim that the optimum "
         "would choose (default: window)",
+    )
+    parser.add_argument(
+        "--balance",
+        choices=("none", "balanced"),
+        help="whether yes and no weigh alike in a layer's samples, chances put right after (default: what "
+        "hits more inside the training prompts; none with --quick or --estimator)",
     )
     parser.add_argument(
         "--compare",
@@ -102,19 +109,27 @@ def run(args: argparse.Namespace) -> int:
         raise FateError(
             f"no trace holds {LEAST_PROMPTS} prompts, to fit on some and test on others; give one as --test"
         )
-    options = train.Options(seed=args.seed, estimator=args.estimator, weights=args.weights)
+    options = train.Options(
+        seed=args.seed,
+        estimator=args.estimator,
+        weights=args.weights,
+        balanced=args.balance == "balanced",
+    )
     _check(args, options, [*fitting.values(), *(test for test, _ in tests.values())])
     if args.label == "optimum":
         options = replace(options, heads=tuple((share, 0) for share, _ in options.heads))
     thresholds: dict[str, float] = {}
+    balances: dict[bool, float] = {}
     if args.quick:
         fitting = {name: _first_prompts(part, QUICK_TOKENS) for name, part in fitting.items()}
         tests = {name: (_first_prompts(part, QUICK_TEST_TOKENS), at) for name, (part, at) in tests.items()}
         options = replace(options, sample_every=8, n_folds=2)
     first = max(fitting.values(), key=lambda part: len(part.prompt_start))
     if not args.quick and args.estimator is None and len(first.prompt_start) >= LEAST_PROMPTS:
-        say("windows and thresholds, inside the training prompts")
-        options, thresholds = tune.tune(first, options, lambda text: None, shown)
+        say("windows, balance and thresholds, inside the training prompts")
+        asked = None if args.balance is None else options.balanced
+        tuned = tune.tune(first, options, asked, progress=shown)
+        options, thresholds, balances = tuned.options, tuned.thresholds, tuned.hit_rates
     prompts = sum(len(part.prompt_start) for part in fitting.values())
     n_tokens = sum(part.n_tokens for part in fitting.values())
     say(f"fit on {prompts} prompts, {n_tokens} tokens")
@@ -125,6 +140,10 @@ def run(args: argparse.Namespace) -> int:
         "trained_on": {"trace": ", ".join(fitting), "prompts": prompts, "tokens": n_tokens},
         "heads": dict(options.heads),
         "prefetch_thresholds": thresholds,
+        "balance": {
+            "chosen": _BALANCES[options.balanced],
+            "hit_rates": {_BALANCES[balanced]: rate for balanced, rate in balances.items()},
+        },
         "half_lives": {f"{rule} {share:g}": best for (rule, share), best in half_lives.items()},
         "importance": fitted.meta["importance"],
         "milliseconds": _milliseconds(fitted),
@@ -174,6 +193,8 @@ def _check(args: argparse.Namespace, options: train.Options, traces: list[Trace]
     """Find out before the work what would fail after it."""
     for name in filter(None, (options.estimator, *(args.compare or ()))):
         estimators.make(name, options.seed)
+    if options.balanced and options.estimator and not estimators.takes_weights(options.estimator):
+        raise FateError(f"estimator {options.estimator!r} takes no sample_weight; fit without --balance")
     if options.weights and any(one.weights is None for one in traces):
         raise TraceError(train.NO_WEIGHTS)
     shape = train.shape_of(traces[0])
@@ -221,6 +242,8 @@ def _compare(
     first, second = _first_prompts(first, QUICK_TOKENS), _first_prompts(second, QUICK_TEST_TOKENS // 4)
     rows = {}
     few = replace(options, sample_every=16, max_rows=20_000, heads=((0.25, 4),))
+    if not all(map(estimators.takes_weights, names)):
+        few = replace(few, balanced=False)  # all alike
     half_lives = assess.best_half_lives([first])
     for name in ("linear", *names):
         say(f"estimator {name}")
@@ -255,6 +278,9 @@ def as_text(report: Mapping[str, Any]) -> str:
             for name, cost in report["milliseconds"].items()
         ),
     ]
+    rates = ", ".join(f"{name} {rate:.4f}" for name, rate in report["balance"]["hit_rates"].items())
+    inside = f" (hit rates inside the training prompts: {rates})" if rates else ""
+    lines.append(f"balance of answers: {report['balance']['chosen']}{inside}")
     for name, test in report["tests"].items():
         lines += ["", f"{name}: {test['prompts']} prompts, {test['tokens']} tokens"]
         heads: tuple[str, ...] = ("share", "lru", "lfu", "frequency", "lfru", "sync", "delayed", "optimum")

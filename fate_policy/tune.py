@@ -1,9 +1,9 @@
-"""Choose windows and thresholds inside the training prompts."""
+"""Choose windows, the balance of answers and thresholds inside the training prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from fate_policy import assess, train
 from fate_policy.kernels import Routing, simulate_scores
@@ -15,23 +15,66 @@ WINDOWS = {0.25: (3, 4, 6, 8), 0.5: (6, 8, 12, 16)}
 THRESHOLDS = {0.25: (0.5, 0.6, 0.65, 0.7, 0.75, 0.8), 0.5: (0.1, 0.15, 0.2, 0.25, 0.3, 0.4)}
 HELD_OUT = 1 / 3
 
+Hits = dict[tuple[float, int], float]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was chosen.
+
+    options : with the windows that hit most, balanced if that hits more
+    thresholds : of prefetch by share of slots: the one that removes most misses at no more bytes than
+        `assess.PREFETCH` allows
+    hit_rates : of the chosen windows by whether answers were balanced: the mean over shares of slots, and
+        over scores for the token about to run and of the token before
+    """
+
+    options: train.Options
+    thresholds: dict[str, float]
+    hit_rates: dict[bool, float]
+
 
 def tune(
-    trace: Trace, options: train.Options, say: Callable[[str], None], progress: bool = False
-) -> tuple[train.Options, dict[str, float]]:
-    """Fit on the first two thirds of the prompts, choose on the last third.
+    trace: Trace,
+    options: train.Options,
+    balanced: bool | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    progress: bool = False,
+) -> Tuned:
+    """Fit on the first two thirds of the prompts, choose on the last third, by hits.
 
-    Returns the options with the windows that hit most, and the prefetch thresholds by share of slots: the
-    one that removes most misses at no more bytes than `assess.PREFETCH` allows.
+    balanced : whether to balance answers; None: chosen too, at the windows that are best without
     """
     fitting, judging = train.split(trace, 1 - HELD_OUT)
+
+    def judged(tried: train.Options) -> tuple[Model, assess.Tables, Hits]:
+        fitted = train.fit([fitting], replace(tried, estimator=None), say, progress)
+        tables = assess.serve(fitted, judging, progress=progress)
+        return fitted, tables, _hits(fitted, judging, tables)
+
     given = {share: (0,) for share, window in options.heads if window == 0}
     choices = {**WINDOWS, **given}
     grid = tuple((share, window) for share, windows in choices.items() for window in windows)
-    fitted = train.fit([fitting], replace(options, heads=grid, estimator=None), say, progress)
-    tables = assess.serve(fitted, judging, progress=progress)
+    options = replace(options, heads=grid, balanced=bool(balanced))
+    fitted, tables, hits = judged(options)
+    heads = tuple(
+        (share, max(windows, key=lambda window: hits[share, window])) for share, windows in choices.items()
+    )
+    options = replace(options, heads=heads)
+    rates = {options.balanced: sum(hits[head] for head in heads) / len(heads)}
+    if balanced is None:
+        other = replace(options, balanced=True)
+        other_fitted, other_tables, hits = judged(other)
+        rates[True] = sum(hits.values()) / len(heads)
+        if rates[True] > rates[False]:
+            options, fitted, tables = other, other_fitted, other_tables
+    return Tuned(options, _thresholds(fitted, judging, tables, dict(heads)), rates)
+
+
+def _hits(fitted: Model, judging: Trace, tables: assess.Tables) -> Hits:
+    """Return the hit rate by share and window, the mean of the keep and the late head's."""
     routing = Routing.of_trace(judging)
-    hits: dict[tuple[float, int], float] = {}
+    hits: Hits = {}
     for head in fitted.heads[1:]:
         delayed = head.kind == "late"
         result = simulate_scores(
@@ -42,11 +85,8 @@ def tune(
             delay=int(delayed),
         )
         key = head.share, head.window
-        hits[key] = hits.get(key, 0) + result.hit_rate
-    heads = tuple(
-        (share, max(windows, key=lambda window: hits[share, window])) for share, windows in choices.items()
-    )
-    return replace(options, heads=heads), _thresholds(fitted, judging, tables, dict(heads))
+        hits[key] = hits.get(key, 0) + result.hit_rate / 2
+    return hits
 
 
 def _thresholds(

@@ -74,6 +74,31 @@ def test_the_label_may_be_the_optimums_choice() -> None:
     assert not np.array_equal(fitted.head("keep").coef, window.head("keep").coef)
 
 
+def test_balanced_answers_weigh_alike() -> None:
+    wanted = np.array([True, False, False, False])
+    weight, excess = train.balance(wanted)
+    assert weight.tolist() == [2, 2 / 3, 2 / 3, 2 / 3]
+    assert excess == pytest.approx(np.log(3))
+    assert train.balance(wanted[1:]) == (None, 0)
+
+
+@pytest.mark.parametrize(
+    "estimator", [None, "sklearn.linear_model:LogisticRegression", "sklearn.naive_bayes:GaussianNB"]
+)
+def test_balancing_leaves_chances_as_often_right(estimator: str | None) -> None:
+    """Weighed samples alone would have a quarter of the experts look like a half."""
+    plain, balanced = (
+        train.fit([synthetic_trace()], replace(SMALL, estimator=estimator, balanced=balanced))
+        for balanced in (False, True)
+    )
+    assert (plain.meta["balanced"], balanced.meta["balanced"]) == (False, True)
+    assert (balanced.head("now").intercept < plain.head("now").intercept).all() or estimator is None
+    tables = [assess.serve(one, synthetic_trace(100))["now"] for one in (plain, balanced)]
+    assert not np.array_equal(*tables)
+    expected = [model.chance(table).mean() for table in tables]
+    assert expected[1] == pytest.approx(expected[0], rel=0.1)
+
+
 def test_foreign_traces_are_refused() -> None:
     with pytest.raises(TraceError, match="different layers or experts"):
         train.fit([synthetic_trace(), real_trace()], SMALL)
@@ -137,6 +162,16 @@ def test_quick_training_from_the_shell(
     assert report["estimators"][calibrated]["closed"] > 0.2
     assert out.with_suffix(".png").stat().st_size > 10_000
     assert model.load(out).meta["held_out"]
+
+
+def test_an_estimator_without_weights_cannot_be_balanced(tmp_path: Path) -> None:
+    real_trace().save(tmp_path / "t.npz")
+    args = [str(tmp_path / "t.npz"), "--test", str(tmp_path / "t.npz"), "-o", str(tmp_path / "m.npz")]
+    args += ["--balance", "balanced", "--estimator", "sklearn.neighbors:KNeighborsClassifier"]
+    with pytest.raises(
+        FateError, match="KNeighborsClassifier' takes no sample_weight; fit without --balance"
+    ):
+        cli.main("train", args)
 
 
 def test_few_prompts_cannot_be_split(tmp_path: Path) -> None:
