@@ -14,6 +14,8 @@ from fate_policy.trace import Trace
 WINDOWS = {0.25: (3, 4, 6, 8), 0.5: (6, 8, 12, 16)}
 THRESHOLDS = {0.25: (0.5, 0.6, 0.65, 0.7, 0.75, 0.8), 0.5: (0.1, 0.15, 0.2, 0.25, 0.3, 0.4)}
 HELD_OUT = 1 / 3
+BALANCE_GAIN = 0.001
+"""What balancing must add to the hit rate: its chances are somewhat worse, and a smaller gain is noise."""
 
 Hits = dict[tuple[float, int], float]
 
@@ -22,7 +24,7 @@ Hits = dict[tuple[float, int], float]
 class Tuned:
     """What was chosen.
 
-    options : with the windows that hit most, balanced if that hits more
+    options : with the windows that hit most, balanced if that hits more by `BALANCE_GAIN`
     thresholds : of prefetch by share of slots: the one that removes most misses at no more bytes than
         `assess.PREFETCH` allows
     hit_rates : of the chosen windows by whether answers were balanced: the mean over shares of slots, and
@@ -66,7 +68,7 @@ def tune(
         other = replace(options, balanced=True)
         other_fitted, other_tables, hits = judged(other)
         rates[True] = sum(hits.values()) / len(heads)
-        if rates[True] > rates[False]:
+        if rates[True] > rates[False] + BALANCE_GAIN:
             options, fitted, tables = other, other_fitted, other_tables
     return Tuned(options, _thresholds(fitted, judging, tables, dict(heads)), rates)
 

@@ -25,7 +25,7 @@ def test_balance_is_chosen_by_hits_unless_it_is_given() -> None:
     chosen = tune.tune(trace, SMALL)
     rates = chosen.hit_rates
     assert rates.keys() == {False, True}
-    assert chosen.options.balanced == (rates[True] > rates[False])
+    assert chosen.options.balanced == (rates[True] > rates[False] + tune.BALANCE_GAIN)
     for balanced in (False, True):
         given = tune.tune(trace, SMALL, balanced)
         assert given.options.balanced is balanced
@@ -34,17 +34,20 @@ def test_balance_is_chosen_by_hits_unless_it_is_given() -> None:
     assert chosen.thresholds.keys() == {"0.25", "0.5"}
 
 
-def test_the_better_balance_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("gain", "balanced"), [(0.1, True), (0.0005, False)])
+def test_balance_must_gain_what_is_not_noise(
+    gain: float, balanced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trace = decode_only(synthetic_trace(600))
     asked: list[bool] = []
 
     def hits(fitted: tune.Model, *_: object) -> tune.Hits:
         asked.append(fitted.meta["balanced"])
-        rate = 0.5 + 0.1 * fitted.meta["balanced"]
+        rate = 0.5 + gain * fitted.meta["balanced"]
         return {(head.share, head.window): rate + 0.01 * head.window for head in fitted.heads[1:]}
 
     monkeypatch.setattr(tune, "_hits", hits)
     chosen = tune.tune(trace, SMALL)
     assert asked == [False, True]
-    assert chosen.options == replace(SMALL, heads=((0.25, 4), (0.5, 8)), balanced=True)
-    assert chosen.hit_rates == {False: pytest.approx(0.56), True: pytest.approx(0.66)}
+    assert chosen.options == replace(SMALL, heads=((0.25, 4), (0.5, 8)), balanced=balanced)
+    assert chosen.hit_rates == {False: pytest.approx(0.56), True: pytest.approx(0.56 + gain)}
