@@ -44,6 +44,7 @@ class Options:
     balanced : samples weigh so that yes and no, of which one is rare, weigh alike in a layer; what that adds
         to the log-odds is taken off again, so that chances hold
     weights : take the router's weights as features too; every trace must hold them
+    without : beginnings of the names of inputs that the linear model does without, to see what they are worth
     estimator : "module:Class" of a scikit-learn classifier with predict_proba, instead of the linear one
     """
 
@@ -58,6 +59,7 @@ class Options:
     n_folds: int = 3
     seed: int = 0
     weights: bool = False
+    without: tuple[str, ...] = ()
     estimator: str | None = None
     table_minimum: int = 2
 
@@ -359,6 +361,7 @@ def _fit_head(
     }[kind]
     fitted_ones: list[Any] = []
     n_inputs = len(fitted.inputs)
+    dropped = [i for i, name in enumerate(fitted.inputs) if name.startswith(options.without)]
     coef = np.zeros((n_layers, n_inputs), np.float32)
     intercept = np.zeros(n_layers, np.float32)
     bonus = np.zeros(n_layers, np.float32)
@@ -379,6 +382,7 @@ def _fit_head(
             ),
             axis=1,
         )
+        inputs[:, :n_inputs][:, dropped] = 0  # and so are their coefficients
         if kind != "late":
             inputs = inputs[:, :-1]
         wanted = answer[token, layer, expert]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fate_policy import assess, checks, cost, data, estimators, trace, train, tune
+from fate_policy import assess, checks, cost, data, estimators, model, trace, train, tune
 from fate_policy.errors import FateError, TraceError
 from fate_policy.features import TABLE_MB, Features
 from fate_policy.trace import Trace
@@ -73,6 +73,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="features of router weights too, which the traces must hold; a run with the model collects them",
     )
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        metavar="INPUT",
+        help="do without the inputs whose names begin so, such as early, token or repeat",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--table-mb",
@@ -114,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
         estimator=args.estimator,
         weights=args.weights,
         balanced=args.balance == "balanced",
+        without=tuple(args.without),
     )
     _check(args, options, [*fitting.values(), *(test for test, _ in tests.values())])
     if args.label == "optimum":
@@ -195,6 +203,12 @@ def _check(args: argparse.Namespace, options: train.Options, traces: list[Trace]
         estimators.make(name, options.seed)
     if options.balanced and options.estimator and not estimators.takes_weights(options.estimator):
         raise FateError(f"estimator {options.estimator!r} takes no sample_weight; fit without --balance")
+    if options.without and options.estimator:
+        raise FateError("--without is for the linear model, not for --estimator")
+    known = model.inputs(options.weights)
+    for start in options.without:
+        if not any(name.startswith(start) for name in known):
+            raise checks.unknown_name("input", start, known)
     if options.weights and any(one.weights is None for one in traces):
         raise TraceError(train.NO_WEIGHTS)
     shape = train.shape_of(traces[0])
@@ -241,7 +255,7 @@ def _compare(
     """Fit each estimator on few tokens and test it on few, all alike."""
     first, second = _first_prompts(first, QUICK_TOKENS), _first_prompts(second, QUICK_TEST_TOKENS // 4)
     rows = {}
-    few = replace(options, sample_every=16, max_rows=20_000, heads=((0.25, 4),))
+    few = replace(options, sample_every=16, max_rows=20_000, heads=((0.25, 4),), without=())
     if not all(map(estimators.takes_weights, names)):
         few = replace(few, balanced=False)  # all alike
     half_lives = assess.best_half_lives([first])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from policy_contract import DATA, real_trace, synthetic_trace
 
-from fate_policy import assess, cli, config, cost, data, model, trace, train, train_command
+from fate_policy import assess, cli, config, cost, data, features, model, trace, train, train_command
 from fate_policy.errors import FateError, TraceError
 from fate_policy.kernels import Routing, simulate
 from fate_policy.replay import replay
@@ -172,6 +172,29 @@ def test_an_estimator_without_weights_cannot_be_balanced(tmp_path: Path) -> None
         FateError, match="KNeighborsClassifier' takes no sample_weight; fit without --balance"
     ):
         cli.main("train", args)
+
+
+def test_inputs_can_be_done_without() -> None:
+    fitted = train.fit([synthetic_trace()], replace(SMALL, without=("early", "context_soon")))
+    gone = [name.startswith(("early", "context_soon")) for name in fitted.inputs]
+    assert sum(gone) == len(features.EARLY_HALF_LIVES) + 1
+    for head in fitted.heads:
+        assert not head.coef[:, gone].any()
+        assert head.coef[:, np.logical_not(gone)].any(axis=0).all()
+
+
+@pytest.mark.parametrize(
+    ("args", "fault"),
+    [
+        (["--without", "late"], "unknown input 'late'"),
+        (["--without", "early", "--estimator", "sklearn.naive_bayes:GaussianNB"], "is for the linear model"),
+    ],
+)
+def test_what_cannot_be_done_without(args: list[str], fault: str, tmp_path: Path) -> None:
+    real_trace().save(tmp_path / "t.npz")
+    given = [str(tmp_path / "t.npz"), "--test", str(tmp_path / "t.npz"), "-o", str(tmp_path / "m.npz"), *args]
+    with pytest.raises(FateError, match=fault):
+        cli.main("train", given)
 
 
 def test_few_prompts_cannot_be_split(tmp_path: Path) -> None:
