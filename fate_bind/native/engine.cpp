@@ -192,7 +192,7 @@ void fate_engine::ubatch_begin(const llama_ubatch & ubatch) {
             error_                     = why.empty() ? error_ : why;
         }
         if (sync_) {
-            if (expect()) {
+            if (expect(true, !chances_.empty())) {
                 publish();
             }
             prefetch();
@@ -226,13 +226,14 @@ bool fate_engine::ubatch_end(bool ok) {
             is_due = deliver(1 - current_);
         }
         if (!sync_ && steps_ > 1 && config_.expects) {
-            is_due = expect();
+            if (!chances_.empty()) { // first, for the step runs already
+                expect(false, true);
+                prefetch();
+            }
+            is_due = expect(true, false);
         }
         if (is_due) {
             publish();
-        }
-        if (!sync_) {
-            prefetch();
         }
         held_back_ = !sync_;
     }
@@ -263,19 +264,24 @@ bool fate_engine::deliver(int32_t which) {
 }
 
 // Tells what the step at hand consists of; true if the policy published scores.
-bool fate_engine::expect() {
+bool fate_engine::expect(bool asks_scores, bool asks_chances) {
     if (!config_.expects || !config_.on_expect || policy_failed_) {
         return false;
     }
-    const fate_step step      = record_[current_].view();
-    int32_t         predicted = 0;
+    const fate_step step = record_[current_].view();
+    asks_chances         = asks_chances && step.n_tokens == 1;
+    if (!asks_scores && !asks_chances) {
+        return false;
+    }
+    int32_t predicted = 0;
     std::fill(chances_.begin(), chances_.end(), 0.0f);
     const bool published = call([&](int32_t * flag) {
-        return config_.on_expect(config_.user, this, step.n_tokens, step.tokens, step.positions, step.sequences, scores_.data(),
-                                 bonus_.data(), flag, chances_.empty() ? nullptr : chances_.data(), &predicted);
+        return config_.on_expect(config_.user, this, step.n_tokens, step.tokens, step.positions, step.sequences,
+                                 asks_scores ? scores_.data() : nullptr, asks_scores ? bonus_.data() : nullptr, flag,
+                                 asks_chances ? chances_.data() : nullptr, &predicted);
     });
-    predicted_           = predicted && !chances_.empty() && !policy_failed_ && step.n_tokens == 1;
-    return published;
+    predicted_           = predicted && asks_chances && !policy_failed_;
+    return published && asks_scores;
 }
 
 // Runs a callback that may publish scores; true if it did.

@@ -151,7 +151,7 @@ private:
     void        settle();
     void        open();
     void        publish();
-    bool        expect();
+    bool        expect(bool asks_scores, bool asks_chances);
     void        prefetch();
     void        seed();
     bool        deliver(int32_t which);

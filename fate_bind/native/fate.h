@@ -126,9 +126,9 @@ typedef int32_t (*fate_step_fn)(void * user, fate_engine * engine, const fate_st
                                 int32_t * published);
 // What the step after the one last handed over consists of, in arrays as in fate_step, [n_tokens]. With sync it comes just before that step runs, and the
 // scores act on that very step. Without, it comes when that step was launched (not for the first one), and they act on the step after it: nothing waits for
-// the answer. scores, bonus and published as in on_step. chances, null without fate_config.prefetch: set *predicted to 1 and write
-// chances[n_layers][max n_experts], zero-filled, that the step uses each expert. They act on that very step, as far as its layers have not run yet; of a step
-// of several tokens they are not asked for.
+// the answer. scores, bonus and published as in on_step; null where they are not asked for. chances, null where they are not: set *predicted to 1 and write
+// chances[n_layers][max n_experts], zero-filled, that the step uses each expert. They act on that very step, as far as its layers have not run yet; therefore
+// without sync they are asked for first, in a call of their own. They are not asked for before steps of several tokens.
 typedef int32_t (*fate_expect_fn)(void * user, fate_engine * engine, int32_t n_tokens, const int32_t * tokens, const int32_t * positions,
                                   const int32_t * sequences, float * scores, float * bonus, int32_t * published, float * chances,
                                   int32_t * predicted);
