@@ -104,7 +104,7 @@ def test_plan_writes_slots_and_shows_what_they_gain(capsys: pytest.CaptureFixtur
         ),
         (
             ["train", "real", "--test", "real", "--estimator", "none"],
-            "estimator 'none': No module named 'none'",
+            "estimator 'none': not a name of this form",
         ),
         (["replay", "real", "--link", "0"], "--link 0.0: expected a number of GB/s greater than 0"),
         (["plan", "--trace", "real", "--budget", "8", "--expert-bytes", "1"], "budget: '8' is not allowed"),
