@@ -5,6 +5,7 @@ replayed routing, as an engine makes them (the way there and back, about 2 us, i
 
     python -m bench.policy_cost                 # all policies
     python -m bench.policy_cost classifier --pause-ms 4
+    python -m bench.policy_cost classifier predictor --prefetch
     python -m bench.policy_cost lru --callback
 """
 
@@ -47,15 +48,20 @@ class Silent(Policy):
         pass
 
 
+def _classifier(shape: models.Shape, **params: Any) -> Classifier:
+    made = cost.untrained([shape.n_experts] * shape.n_layers, [shape.k] * shape.n_layers)
+    return Classifier.of(made, **params)
+
+
 POLICIES: dict[str, Callable[[models.Shape], Policy | None]] = {
     "lru": lambda shape: None,
     "silent": lambda shape: Silent(),
     "python-lru": lambda shape: PythonLRU(),
     "frequency": lambda shape: Frequency(),
-    "classifier": lambda shape: Classifier.of(
-        cost.untrained([shape.n_experts] * shape.n_layers, [shape.k] * shape.n_layers)
-    ),
+    "classifier": _classifier,
+    "predictor": lambda shape: _classifier(shape, evict_by="lru"),
 }
+PREDICTS = ("classifier", "predictor")
 
 
 @dataclass(frozen=True)
@@ -126,10 +132,17 @@ class Caller:
     """Call into Python as an engine does; `seconds` of every call."""
 
     def __init__(
-        self, policy: Policy | None, mode: str, shape: models.Shape, n_slots: int, record: Path | None
+        self,
+        policy: Policy | None,
+        mode: str,
+        shape: models.Shape,
+        n_slots: int,
+        record: Path | None,
+        prefetch: bool = False,
     ):
         self.ffi, self.lib = library.load()
-        self.host = Host(load("lru", {"mode": mode}), policy, record)
+        config = load("lru", {"mode": mode, "prefetch": "token" if prefetch else "off"})
+        self.host = Host(config, policy, record)
         self.pointer = self.ffi.cast("fate_engine *", 1)
         self.engine = StandIn(self.host, self.pointer, shape, n_slots)
         self.host.engines.append(self.engine)
@@ -137,6 +150,8 @@ class Caller:
         self.scores = self.ffi.new("float[]", shape.n_layers * shape.n_experts)
         self.bonus = self.ffi.new("float[]", shape.n_layers)
         self.published = self.ffi.new("int32_t *")
+        self.chances = self.ffi.new("float[]", len(self.scores)) if prefetch else self.ffi.NULL
+        self.predicted = self.ffi.new("int32_t *")
         self.victims = self.ffi.new("int32_t[]", shape.n_experts)
         self.on_step, self.on_expect, self.on_miss = (
             self.ffi.addressof(self.lib, f"fate_py_{name}") for name in ("step", "expect", "miss")
@@ -165,7 +180,15 @@ class Caller:
             status = self.on_step(user, self.pointer, c_step, self.scores, self.bonus, self.published)
             if expects:
                 status |= self.on_expect(
-                    user, self.pointer, 1, *comes, self.scores, self.bonus, self.published
+                    user,
+                    self.pointer,
+                    1,
+                    *comes,
+                    self.scores,
+                    self.bonus,
+                    self.published,
+                    self.chances,
+                    self.predicted,
                 )
             self.check(status, held)
 
@@ -217,10 +240,13 @@ def seconds_of(call: Callable[[], None], pause_ms: float) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("policy", nargs="*", default=list(POLICIES), help="of " + ", ".join(POLICIES))
+    parser.add_argument("policy", nargs="*", help="of " + ", ".join(POLICIES))
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--callback", action="store_true", help="callback mode, questions and steps apart")
     parser.add_argument("--record", action="store_true")
+    parser.add_argument(
+        "--prefetch", action="store_true", help="ask for predictions too, of " + " and ".join(PREDICTS)
+    )
     parser.add_argument(
         "--pause-ms",
         type=float,
@@ -229,6 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args(argv)
+    args.policy = args.policy or list(PREDICTS if args.prefetch else POLICIES)
     shape = models.SHAPES["qwen3"]
     whole = trace.load(data.find("gptoss20b_stem", None))
     layers = np.arange(shape.n_layers) * whole.n_layers // shape.n_layers
@@ -242,6 +269,7 @@ def main(argv: list[str] | None = None) -> None:
                 shape,
                 args.slots,
                 Path(folder) / "trace.npz" if args.record else None,
+                args.prefetch,
             )
             tokens: list[float] = []
             questions: list[float] = []

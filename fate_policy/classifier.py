@@ -120,8 +120,9 @@ class Classifier(Policy):
             with self._state.supposing(token_id, int(step.sequences[-1]), int(step.positions[-1]) + 1):
                 inputs = self._asked()
         odds = self._scorers["now"](*inputs)
-        experts = np.argsort(-odds, axis=1, kind="stable").astype(np.int32)
-        return experts, model.chance(np.take_along_axis(odds, experts, axis=1))
+        experts = ranked(odds)
+        flat = experts + np.arange(0, odds.size, odds.shape[1], dtype=np.int32)[:, None]
+        return experts, model.chance(odds.ravel()[flat])
 
     def _kind(self, history: History) -> str:
         return "late" if self._is_over or history.acts_late else "keep"
@@ -134,3 +135,18 @@ class Classifier(Policy):
         assert self._loaded is not None
         row, context = self._state.now()
         return row, self._loaded.squeezed(context)
+
+
+def ranked(odds: NDArray[np.float32]) -> NDArray[np.int32]:
+    """Return the columns of each row from the greatest value down, equals by column; (n, up to 65536).
+
+    Numbers that hold value and column are sorted, which takes a quarter of the time of a stable argsort.
+    """
+    bits = (np.float32(0) - odds).view(np.int32)
+    bits ^= (bits >> 31) & np.int32(0x7FFFFFFF)  # now ordered as the floats are
+    keys = bits.astype(np.int64)
+    keys <<= 16
+    keys |= np.arange(odds.shape[1])
+    keys.sort(axis=1)
+    keys &= 0xFFFF
+    return keys.astype(np.int32)

@@ -32,9 +32,12 @@ def test_every_policy_is_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr(policy_cost, "WARM_UP", 2)
     policy_cost.main([])
     policy_cost.main(["lru", "--callback", "--record"])
+    policy_cost.main(["--prefetch"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [
         *([name, "token"] for name in policy_cost.POLICIES),
         ["lru", "token"],
         ["lru", "question"],
+        ["classifier", "token"],
+        ["predictor", "token"],
     ]

@@ -20,11 +20,12 @@ from policy_contract import (
 from fate_policy import cost, features, model, train
 from fate_policy.assess import serve
 from fate_policy.base import Geometry, Policy
-from fate_policy.classifier import Classifier
+from fate_policy.classifier import Classifier, ranked
 from fate_policy.driver import Driver
 from fate_policy.errors import PolicyConfigError, TraceError
 from fate_policy.kernels import Routing, simulate_scores
 from fate_policy.model import Model
+from fate_policy.prefetch_rule import Prefetch
 from fate_policy.replay import geometry_of, replay
 from fate_policy.trace import Trace
 
@@ -283,3 +284,43 @@ def test_batches_and_prompts_are_taken_in(fitted_synthetic: Model) -> None:
     driver.observe(make_step(random_ids(100, SYNTHETIC, 1)))
     driver.observe(make_step(random_ids(4, SYNTHETIC, 2), sequences=np.array([0, 1, 2, 1], np.int32)))
     assert np.isfinite(policy.scores(driver.history)).all()
+
+
+def test_ranks_are_those_of_a_stable_sort() -> None:
+    rng = np.random.default_rng(0)
+    for odds in (
+        rng.standard_normal((5, 200)).astype(np.float32),
+        rng.integers(-2, 3, (5, 200)).astype(np.float32),
+        np.array([[-0.0, 0.0, np.inf, -np.inf, 1e-45, -1e-45, 0.0]], np.float32),
+    ):
+        assert np.array_equal(ranked(odds), np.argsort(-odds, axis=1, kind="stable"))
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_told_token_is_predicted_from_the_features_of_its_scores(fitted: Model, told: bool) -> None:
+    """As one that is only supposed is, whichever comes first, and whatever is asked after it."""
+    routed = real_trace()
+    policy = Classifier.of(fitted)
+    driver = Driver(policy, geometry_of(routed, 8))
+    step = make_step(routed.experts(0, 1))
+    driver.observe(step)
+    driver.expect(np.array([7 if told else 5], np.int32), np.array([0], np.int32))
+    scores = policy.scores(driver.history)
+    experts, chances = policy.predict(step, 7)
+    assert policy.scores(driver.history) is scores
+    other = Classifier.of(fitted)
+    driver = Driver(other, geometry_of(routed, 8))
+    driver.observe(step)
+    supposed = other.predict(step, 7)
+    assert np.array_equal(supposed[0], experts)
+    assert np.array_equal(supposed[1], chances)
+
+
+def test_it_may_only_predict(fitted: Model) -> None:
+    """Then eviction is that of LRU, to the last count."""
+    routed = real_trace().slice(0, 100)
+    policy = Classifier.of(fitted, evict_by="lru")
+    assert replay(routed, policy, n_slots=8) == replay(routed, "lru", n_slots=8)
+    totals = replay(routed, policy, n_slots=8, prefetch=Prefetch(0.3, 4)).totals()
+    assert totals["prefetch_useful"] > 0
+    assert totals["hits"] > replay(routed, "lru", n_slots=8).totals()["hits"]
