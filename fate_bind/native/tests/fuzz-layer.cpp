@@ -90,12 +90,39 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
             const fate_ids ids      = { reinterpret_cast<const char *>(flat.data()), static_cast<int64_t>(k * sizeof(int32_t)), n_rows, k };
             const bool     callback = what & 128;
             layer.begin_step();
+            std::vector<int32_t> ahead;
+            if (n_rows == 1 && !callback && what % 4 == 3) {
+                std::vector<float> chance(n_experts);
+                for (float & c : chance) {
+                    c = static_cast<float>(input.next() % 8) / 7.0f;
+                }
+                const float   threshold = static_cast<float>(input.next() % 8) / 7.0f;
+                const int32_t most      = fate_prefetch_most(input.next() % 24, n_slots, k);
+                const auto    before    = io.expert_in;
+                layer.prefetch(chance.data(), threshold, most, io);
+                for (int32_t slot = 0; slot < n_slots; ++slot) {
+                    if (io.expert_in[slot] != before[slot]) {
+                        ahead.push_back(io.expert_in[slot]);
+                        if (chance[io.expert_in[slot]] < threshold || (before[slot] >= 0 && chance[before[slot]] >= threshold)) {
+                            abort();
+                        }
+                    }
+                }
+                if (static_cast<int32_t>(ahead.size()) > most || layer.first_inconsistent_slot() != -1) {
+                    abort();
+                }
+            }
             if (n_rows * k <= n_slots) {
                 std::vector<int32_t> slots(flat.size());
                 std::vector<uint8_t> hits(flat.size());
                 layer.resolve(ids, callback, io, slots.data(), hits.data());
                 for (size_t i = 0; i < flat.size(); ++i) {
                     if (io.expert_in[slots[i]] != flat[i]) {
+                        abort();
+                    }
+                }
+                for (const int32_t expert : ahead) {
+                    if (layer.table().slot_of[expert] < 0) {
                         abort();
                     }
                 }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <map>
 #include <set>
+#include <utility>
 #include <vector>
 
 // How many last rows seed: every number is tried.
@@ -30,6 +31,9 @@ struct reference_layer {
     int64_t                    clock        = 0;
     int64_t                    published_at = 0;
     int64_t                    hits = 0, misses = 0, bypassed = 0, fills = 0, seed_fills = 0, evictions = 0;
+    std::set<int32_t>          ahead;   // prefetched for the step at hand
+    std::set<int32_t>          waiting; // prefetched and not used yet
+    int64_t                    prefetches = 0, useful = 0, wasted = 0;
 
     reference_layer(int32_t n_experts, int32_t k, int32_t n_slots) :
         n_experts(n_experts),
@@ -37,6 +41,32 @@ struct reference_layer {
         n_slots(n_slots),
         last_use(n_experts),
         score(n_experts) {}
+
+    // The slots of what comes in, by expert, in the order in which it comes.
+    std::vector<std::pair<int32_t, int32_t>> prefetch(const std::vector<float> & chance, float threshold, int32_t most) {
+        std::vector<int32_t> likely;
+        for (int32_t e = 0; e < n_experts; ++e) {
+            if (!(chance[e] < threshold)) {
+                likely.push_back(e);
+            }
+        }
+        const std::set<int32_t> stays(likely.begin(), likely.end());
+        std::stable_sort(likely.begin(), likely.end(), [&](int32_t a, int32_t b) { return chance[a] > chance[b]; });
+        std::vector<std::pair<int32_t, int32_t>> came;
+        for (const int32_t expert : likely) {
+            const bool is_room =
+                static_cast<int32_t>(slot_of.size()) < n_slots ||
+                std::any_of(slot_of.begin(), slot_of.end(), [&](const auto & resident) { return !stays.count(resident.first); });
+            if (slot_of.count(expert) || static_cast<int32_t>(came.size()) == most || !is_room) {
+                continue;
+            }
+            came.emplace_back(expert, admit(expert, stays));
+            ahead.insert(expert);
+            waiting.insert(expert);
+            ++prefetches;
+        }
+        return came;
+    }
 
     int32_t admit(int32_t expert, const std::set<int32_t> & needed) {
         std::set<int32_t> taken;
@@ -62,6 +92,7 @@ struct reference_layer {
             slot = slot_of.at(candidates.front());
             slot_of.erase(candidates.front());
             ++evictions;
+            wasted += static_cast<int64_t>(waiting.erase(candidates.front()));
         }
         slot_of[expert] = slot;
         ++fills;
@@ -69,17 +100,21 @@ struct reference_layer {
     }
 
     std::vector<int32_t> step(const std::vector<std::vector<int32_t>> & rows) {
-        std::vector<int32_t> slots;
-        std::set<int32_t>    needed;
+        std::vector<int32_t>    slots;
+        std::set<int32_t>       needed;
+        const std::set<int32_t> ahead = std::move(this->ahead);
+        this->ahead.clear();
         if (static_cast<int32_t>(rows.size()) * k <= n_slots) {
             for (const auto & row : rows) {
                 needed.insert(row.begin(), row.end());
             }
+            needed.insert(ahead.begin(), ahead.end());
             for (const auto & row : rows) {
                 std::vector<int32_t> row_slots(k);
                 for (int32_t rank = k - 1; rank >= 0; --rank) {
                     const bool hit = slot_of.count(row[rank]) > 0;
                     hit ? ++hits : ++misses;
+                    useful += static_cast<int64_t>(waiting.erase(row[rank]));
                     row_slots[rank]     = hit ? slot_of[row[rank]] : admit(row[rank], needed);
                     last_use[row[rank]] = ++clock;
                 }

@@ -263,12 +263,69 @@ static void test_as_many_rows_seed_as_fit(uint32_t seed) {
     CHECK(n_more > 100);
 }
 
+static void test_the_likeliest_come_in_ahead() {
+    fate_layer layer(8, 1, 4, 10);
+    fake_io    io;
+    for (const int32_t expert : { 0, 1, 2 }) {
+        resolve(layer, io, { { expert } });
+    }
+    const std::vector<float> chance = { 0.0f, 0.9f, 0.0f, 0.7f, 0.8f, 0.8f, 0.4f, 0.0f };
+    fate_prefetch            plan[FATE_PREFETCH_MAX];
+    CHECK(fate_prefetch_plan(layer.table(), chance.data(), 0.5f, 8, plan) == 3);
+    CHECK(plan[0].expert == 4 && plan[0].slot == 3 && plan[0].victim == -1); // free
+    CHECK(plan[1].expert == 5 && plan[1].slot == 0 && plan[1].victim == 0);  // equal chances by id; the oldest goes
+    CHECK(plan[2].expert == 3 && plan[2].slot == 2 && plan[2].victim == 2);  // 1 is as likely: it stays
+    CHECK(layer.table().slot_of[4] == -1);                                   // a plan changes nothing
+    layer.begin_step();
+    layer.prefetch(chance.data(), 0.5f, 3, io);
+    for (int32_t i = 0; i < 3; ++i) {
+        CHECK(io.expert_in.at(plan[i].slot) == plan[i].expert);
+    }
+    CHECK(layer.first_inconsistent_slot() == -1);
+    CHECK(layer.counters()[FATE_COUNTER_PREFETCHES] == 3);
+    CHECK(layer.counters()[FATE_COUNTER_FILLS] == 6);
+    CHECK(layer.counters()[FATE_COUNTER_EVICTIONS] == 2);
+    CHECK(layer.counters()[FATE_COUNTER_BYTES] == 60);
+}
+
+// 3 and 4 were never used, so that they would be the first to go.
+static void test_what_came_in_for_a_token_stays_for_that_token() {
+    fate_layer layer(8, 1, 3, 10);
+    fake_io    io;
+    resolve(layer, io, { { 0 } });
+    const std::vector<float> chance = { 0.0f, 0.0f, 0.0f, 1.0f, 1.0f, 0.0f, 0.0f, 0.0f };
+    layer.begin_step();
+    layer.prefetch(chance.data(), 0.5f, 2, io);
+    resolve(layer, io, { { 1 } });
+    CHECK(layer.table().slot_of[0] == -1);
+    CHECK(layer.table().slot_of[3] >= 0 && layer.table().slot_of[4] >= 0);
+    layer.begin_step();
+    resolve(layer, io, { { 4 } }); // useful
+    resolve(layer, io, { { 2 } }); // for 3, which is wasted
+    CHECK(layer.table().slot_of[3] == -1);
+    CHECK(layer.counters()[FATE_COUNTER_PREFETCHES] == 2);
+    CHECK(layer.counters()[FATE_COUNTER_PREFETCH_USEFUL] == 1);
+    CHECK(layer.counters()[FATE_COUNTER_PREFETCH_WASTED] == 1);
+    layer.reset();
+    CHECK(layer.counters()[FATE_COUNTER_PREFETCHES] == 0);
+}
+
+static void test_the_tokens_own_experts_find_room() {
+    CHECK(fate_prefetch_most(8, 4, 4) == 0);
+    CHECK(fate_prefetch_most(8, 3, 4) == 0);
+    CHECK(fate_prefetch_most(8, 5, 4) == 1);
+    CHECK(fate_prefetch_most(8, 64, 4) == 8);
+    CHECK(fate_prefetch_most(99, 64, 4) == FATE_PREFETCH_MAX);
+}
+
 static void test_random_steps(uint32_t seed) {
     std::mt19937 random(seed);
+    int64_t      n_useful = 0, n_wasted = 0;
     for (int round = 0; round < 200; ++round) {
         const int32_t   n_experts = 2 + static_cast<int32_t>(random() % 30);
         const int32_t   k         = 1 + static_cast<int32_t>(random() % std::min(n_experts, 6));
-        const int32_t   n_slots   = k + static_cast<int32_t>(random() % (n_experts - k + 1));
+        const int32_t   few       = static_cast<int32_t>(random() % 4); // 0, 1: so many slots beyond k
+        const int32_t   n_slots   = std::min(n_experts, k + (few < 2 ? few : static_cast<int32_t>(random() % (n_experts - k + 1))));
         fate_layer      layer(n_experts, k, n_slots, 1);
         reference_layer expected(n_experts, k, n_slots);
         fake_io         io;
@@ -277,6 +334,21 @@ static void test_random_steps(uint32_t seed) {
             const auto    rows   = random_rows(random, n_rows, k, n_experts);
             const int64_t began  = expected.clock;
             layer.begin_step();
+            if (n_rows == 1 && random() % 2) {
+                std::vector<float> chance(n_experts);
+                for (float & c : chance) {
+                    c = static_cast<float>(random() % 5) / 4.0f; // ties matter
+                }
+                const float   threshold = random() % 8 ? 0.75f : 0.0f;
+                const int32_t most      = fate_prefetch_most(1 + static_cast<int32_t>(random() % 20), n_slots, k);
+                layer.prefetch(chance.data(), threshold, most, io);
+                for (const auto & [expert, slot] : expected.prefetch(chance, threshold, most)) {
+                    CHECK(layer.table().slot_of[expert] == slot);
+                    CHECK(io.expert_in.at(slot) == expert);
+                }
+                CHECK(layer.first_inconsistent_slot() == -1);
+                CHECK(layer.counters()[FATE_COUNTER_PREFETCHES] == expected.prefetches);
+            }
             CHECK(resolve(layer, io, rows) == expected.step(rows));
             if (random() % 3 == 0) {
                 const bool behind = random() % 2;
@@ -295,10 +367,20 @@ static void test_random_steps(uint32_t seed) {
         CHECK(counters[FATE_COUNTER_FILLS] == expected.fills);
         CHECK(counters[FATE_COUNTER_SEED_FILLS] == expected.seed_fills);
         CHECK(counters[FATE_COUNTER_EVICTIONS] == expected.evictions);
-        CHECK(counters[FATE_COUNTER_FILLS] - counters[FATE_COUNTER_SEED_FILLS] == counters[FATE_COUNTER_MISSES]);
+        CHECK(counters[FATE_COUNTER_PREFETCH_USEFUL] == expected.useful);
+        CHECK(counters[FATE_COUNTER_PREFETCH_WASTED] == expected.wasted);
+        CHECK(counters[FATE_COUNTER_PREFETCH_LATE] == 0);
+        CHECK(counters[FATE_COUNTER_PREFETCHES] == expected.useful + expected.wasted + static_cast<int64_t>(expected.waiting.size()));
+        CHECK(counters[FATE_COUNTER_FILLS] ==
+              counters[FATE_COUNTER_MISSES] + counters[FATE_COUNTER_SEED_FILLS] + counters[FATE_COUNTER_PREFETCHES]);
+        CHECK(n_slots > k || counters[FATE_COUNTER_PREFETCHES] == 0);
+        n_useful += expected.useful;
+        n_wasted += expected.wasted;
         CHECK(counters[FATE_COUNTER_ROUTED] ==
               counters[FATE_COUNTER_HITS] + counters[FATE_COUNTER_MISSES] + counters[FATE_COUNTER_BYPASSED]);
     }
+    CHECK(n_useful > 100);
+    CHECK(n_wasted > 100);
 }
 
 int main(int argc, char ** argv) {
@@ -309,6 +391,9 @@ int main(int argc, char ** argv) {
     test_repeated_expert_of_a_batch_is_a_miss_once();
     test_answers_are_checked_again();
     test_good_answers_are_taken();
+    test_the_likeliest_come_in_ahead();
+    test_what_came_in_for_a_token_stays_for_that_token();
+    test_the_tokens_own_experts_find_room();
     const uint32_t seed = argc > 1 ? static_cast<uint32_t>(atoi(argv[1])) : 1;
     test_as_many_rows_seed_as_fit(seed);
     test_random_steps(seed);
