@@ -36,7 +36,8 @@ class Arm:
 
     name : as in tables, such as "resident", "lru@50", "ncmoe@25", "cpu-moe:load=repack,t=8"
     at : share of the experts in slots, in percent, or "all-but-one"; "" where that says nothing
-    options : "load" (see `LOADS`) and "t" (threads) of a vanilla arm
+    options : "load" (see `LOADS`) and "t" (threads) of a vanilla arm; "chance" (the least worth a copy) of one
+        with prefetch
     """
 
     name: str
@@ -116,5 +117,6 @@ def job(arm: Arm, shape: Shape, settings: dict[str, Any], place: dict[str, Any])
             made["evict_by"] = "lru" if arm.kind == "lru+token" else "scores"
         if arm.prefetches:
             made["prefetch"] = "token"
+            made["prefetch_threshold"] = float(arm.options["chance"]) if "chance" in arm.options else None
     made["flags"] = flags
     return made

@@ -101,6 +101,7 @@ class _Arm:
             mode=job["mode"],
             place=job["place"],
             prefetch=job.get("prefetch"),
+            prefetch_threshold=job.get("prefetch_threshold"),
             **more,
         )
         self.before = before

@@ -304,7 +304,7 @@ def test_a_told_token_is_predicted_from_the_features_of_its_scores(fitted: Model
     driver = Driver(policy, geometry_of(routed, 8))
     step = make_step(routed.experts(0, 1))
     driver.observe(step)
-    driver.expect(np.array([7 if told else 5], np.int32), np.array([0], np.int32))
+    driver.expect(np.array([7 if told else 5], np.int32), np.array([0], np.int32), step.positions[-1:] + 1)
     scores = policy.scores(driver.history)
     experts, chances = policy.predict(step, 7)
     assert policy.scores(driver.history) is scores
