@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 
 _NONE = np.empty(0, np.int32)
+_RECORDED = (
+    *("policy", "mode", "sync", "refresh_tokens"),
+    *("prefetch", "prefetch_threshold", "prefetch_experts"),
+)
+"""Of the configuration, what a trace tells beside the routing."""
 
 
 class _Asking:
@@ -221,10 +226,13 @@ class Engine:
 
     def _no_prefetch(self, info: Any) -> str:
         """Say why nothing was prefetched although that was asked for; "" if it could be."""
-        on_cpu = info.steps and not info.gpu_launches
-        if not (self.host.prefetches and info.engaged and on_cpu) or self.host.config.sync:
+        if not (self.host.prefetches and info.engaged and info.steps):
             return ""
-        return "the layers run on the CPU, where experts come in before a step only: set sync: true"
+        if not self.host.config.sync and not info.gpu_launches:
+            return "the layers run on the CPU, where experts come in before a step only: set sync: true"
+        if (self.geometry.n_slots <= self.geometry.k).all():
+            return "no layer has a slot more than a token needs: give more slots"
+        return ""
 
     def recorded(self) -> Trace | None:
         """Return what was recorded so far, or None if nothing was."""
@@ -280,7 +288,7 @@ class Engine:
         return {
             "model": library.text(library.load().ffi, info.geometry.model),
             **geometry_meta(self.geometry),
-            **{key: resolved[key] for key in ("policy", "mode", "sync", "refresh_tokens")},
+            **{key: resolved[key] for key in _RECORDED},
         }
 
     def _info(self) -> Any:

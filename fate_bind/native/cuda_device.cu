@@ -156,6 +156,7 @@ fate_cuda_device::fate_cuda_device(int ordinal, const fate_device_config & confi
 
     pin(config);
     if (!no_pin_.empty()) {
+        no_pin_ += config.prefetch_experts > 0 ? "; nothing is prefetched through it" : "";
         ring_ = std::make_unique<fate_cuda_ring>(config.layers);
     }
     if (config.asker) {

@@ -409,13 +409,18 @@ class Predicting(Policy):
 
 
 @pytest.mark.parametrize("likely", [1.0, 0.4])
-def test_what_a_policy_predicts_reaches_the_engine(fake: Library, model: Path, likely: float) -> None:
+def test_what_a_policy_predicts_reaches_the_engine(
+    fake: Library, model: Path, likely: float, tmp_path: Path
+) -> None:
     """One without scores, and without `expect`; of the first token nothing can be predicted."""
-    with Session(model, policy=Predicting(likely), sync=True, prefetch="token") as session:
+    path = tmp_path / "trace.npz"
+    with Session(model, policy=Predicting(likely), sync=True, prefetch="token", record=path) as session:
         session.logits(TOKENS)
     stats = session.stats()
     assert stats["prefetches"] == (2 * (len(TOKENS) - 1) if likely == 1 else 0)
     assert stats["no_prefetch"] == ""
+    meta = load(path).meta
+    assert (meta["prefetch"], meta["prefetch_threshold"], meta["prefetch_experts"]) == ("token", 0.5, 8)
 
 
 def test_a_wrong_prediction_is_raised_as_itself(fake: Library, model: Path) -> None:
@@ -432,6 +437,11 @@ def test_prefetch_that_cannot_act_is_said(fake: Library, model: Path) -> None:
     with Session(model, policy=Predicting(), prefetch="token") as session:
         session.logits(TOKENS)
         assert session.stats()["no_prefetch"].endswith("set sync: true")
+    with Session(model, policy=Predicting(), slots=2, prefetch="token", sync=True) as session:
+        session.logits(TOKENS)
+        assert (
+            session.stats()["no_prefetch"] == "no layer has a slot more than a token needs: give more slots"
+        )
     with Session(model, policy=Predicting()) as session:
         session.logits(TOKENS)
         assert session.stats()["no_prefetch"] == ""
