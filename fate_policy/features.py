@@ -40,6 +40,9 @@ repeat: whether it was used at, or after, the last occurrence of the longest con
 early: a log_rate by how early in its sequence the token is, halved every `EARLY_TOKENS`, 0 from `EARLY_END`:
 there the rates tell of other text. The position alone would move all experts of a layer alike.
 """
+EARLY_AT = [NAMES.index(f"early_log_rate_{n}") for n in EARLY_HALF_LIVES]
+EARLY_OF = [NAMES.index(f"log_rate_{n}") for n in EARLY_HALF_LIVES]
+"""Where in a row the early ones are, and what they are made of."""
 WEIGHT_HALF_LIVES = (1, 4, 16, 64)
 WEIGHT_NAMES = (
     *(f"weight_{n}" for n in WEIGHT_HALF_LIVES),
@@ -265,7 +268,6 @@ class Features:
         self._seen = [Contexts(n_history) for _ in NGRAMS]
         self._sequences: dict[int, _Sequence] = {}
         self._offset = (np.arange(n_layers) * n_experts)[:, None]
-        self._early_of = [len(HALF_LIVES) + HALF_LIVES.index(n) for n in EARLY_HALF_LIVES]
         self._row = np.zeros((n_layers, len(names(weights)), n_experts), np.float32)
         self._repeats = self._is_early = False  # the row's features of repeats, of early tokens are not 0
         steps = np.arange(FOLLOW)
@@ -342,7 +344,7 @@ class Features:
         context[5:] = self._contexts
         early = row[:, len(NAMES) - len(EARLY_HALF_LIVES) : len(NAMES)]
         if self._early or self._is_early:
-            np.multiply(row[:, self._early_of], np.float32(self._early), out=early)
+            np.multiply(row[:, EARLY_OF], np.float32(self._early), out=early)
         self._is_early = self._early > 0
         repeat = row[:, 2 * h + 5 : len(NAMES) - len(EARLY_HALF_LIVES)]
         if self._repeats:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fate_policy import estimators, features, model
 from fate_policy.decisions import reaches
 from fate_policy.errors import TraceError
-from fate_policy.features import Features, Shape
+from fate_policy.features import EARLY_AT, EARLY_OF, Features, Shape
 from fate_policy.model import AHEAD, AHEAD_LAYERS, TARGETS, Head, Model
 from fate_policy.progress import Bar
 from fate_policy.trace import Trace
@@ -426,6 +426,8 @@ def _fit_linear(
     if wanted.all() or not wanted.any():
         return np.zeros(inputs.shape[1] + 1, np.float32)
     center, scale = inputs.mean(axis=0), inputs.std(axis=0)
+    # where few tokens were early a small deviation would make wild coefficients of next to nothing
+    scale[EARLY_AT] = np.maximum(scale[EARLY_AT], scale[EARLY_OF] / 4)
     scale[scale < 1e-6] = 1
     fitted = LogisticRegression(C=options.penalty, solver="newton-cholesky", max_iter=30, tol=1e-3)
     fitted.fit((inputs - center) / scale, wanted, weight)

@@ -10,9 +10,10 @@ from policy_contract import DATA, real_trace, synthetic_trace
 
 from fate_policy import assess, cli, config, cost, data, features, model, trace, train, train_command
 from fate_policy.errors import FateError, TraceError
+from fate_policy.features import EARLY_AT, EARLY_OF, NAMES
 from fate_policy.kernels import Routing, simulate
 from fate_policy.replay import replay
-from fate_policy.train import FAR, next_uses, uses
+from fate_policy.train import FAR, Options, _fit_linear, next_uses, uses
 
 SMALL = train.Options(
     sample_every=4,
@@ -218,3 +219,15 @@ def test_a_trace_of_one_prompt_is_fitted_on_whole(tmp_path: Path) -> None:
     assert cli.main("train", args) == 0
     policy = config.make_policy(config.load(out.with_suffix(".yaml")))
     assert replay(real_trace(), policy, n_slots=8).hits.sum() > 0
+
+
+def test_few_early_tokens_make_no_wild_coefficients() -> None:
+    """A model of one long sequence, served from a start, once ranked by next to nothing else."""
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((4000, len(NAMES))).astype(np.float32)
+    inputs[:, EARLY_AT] = 0
+    inputs[:8, EARLY_AT] = inputs[:8][:, EARLY_OF]
+    wanted = inputs[:, 0] + rng.standard_normal(4000) > 1
+    wanted[:8] = inputs[:8, EARLY_OF[0]] > 0
+    coef = _fit_linear(inputs, wanted, None, Options())
+    assert np.abs(coef[EARLY_AT]).max() < 2 * abs(coef[0])
