@@ -36,8 +36,8 @@ class Arm:
 
     name : as in tables, such as "resident", "lru@50", "ncmoe@25", "cpu-moe:load=repack,t=8"
     at : share of the experts in slots, in percent, or "all-but-one"; "" where that says nothing
-    options : of a vanilla arm "load" (see `LOADS`) and "t" (threads), of one with prefetch "chance", the least
-        worth a copy
+    options : of a vanilla arm "load" (see `LOADS`) and "t" (threads), of one with prefetch "chance"
+        (the least worth a copy)
     """
 
     name: str

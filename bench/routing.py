@@ -27,6 +27,7 @@ from fate_policy.trace import Trace, load
 TURN, STAY, STRAY = 0.13, 0.515, 0.022  # gives 0.655, 0.804, 0.930
 PUBLISHED = {16: 0.647, 32: 0.810, 64: 0.918}
 MOST_TOKENS = 8192
+FIT_PROMPT = 512
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,10 @@ def as_trace(made: Routing, shape: Shape) -> Trace:
         path=np.ones((n, shape.n_layers), np.uint8),
         step=step,
         sequence=np.zeros(n, np.int32),
-        position=step,
+        position=step % FIT_PROMPT,
         token_id=made.tokens,
         is_decode=np.ones(n, np.bool_),
-        prompt_start=np.arange(0, n, 512, dtype=np.int32),
+        prompt_start=np.arange(0, n, FIT_PROMPT, dtype=np.int32),
         meta={**meta, "expert_bytes": [1] * shape.n_layers, "source": made.source},
     )
 
