@@ -69,8 +69,8 @@ static __device__ void fate_copy_piece(const fate_cuda_layer & layer, const fate
         }
     }
     __syncthreads();
-    for (unsigned i = 0; i <= (blockIdx.x + piece) % 8; ++i) {
-        __nanosleep(10000);
+    for (int i = 0; i < 20; ++i) { // longer than an op without the wait takes
+        __nanosleep(20000);
     }
 #endif
     if (wide) {
@@ -117,13 +117,15 @@ static __device__ void fate_copy_unclaimed(const fate_cuda_layer & layer, const 
         if (piece >= layer.n_pieces) { // or cancelled
             return;
         }
-        const uint64_t began = layer.ns_per_expert > 0 ? fate_now_ns() : 0;
+        if (layer.ns_per_expert > 0) { // the bytes come when a slower link would have brought them
+            const float    ns    = layer.ns_per_expert * static_cast<float>(gridDim.x) / static_cast<float>(layer.n_pieces);
+            const uint64_t began = fate_now_ns();
+            while (static_cast<float>(fate_now_ns() - began) < ns) {
+            }
+        }
         fate_copy_piece(layer, entry, piece);
         __syncthreads();
         if (threadIdx.x == 0) {
-            const float ns = layer.ns_per_expert * static_cast<float>(gridDim.x) / static_cast<float>(layer.n_pieces);
-            while (began && static_cast<float>(fate_now_ns() - began) < ns) {
-            }
             __threadfence();
             atomicAdd(&layer.plan->done[at], 1);
         }
