@@ -228,6 +228,8 @@ class Engine:
         """Say why nothing was prefetched although that was asked for; "" if it could be."""
         if not (self.host.prefetches and info.engaged and info.steps):
             return ""
+        if info.bounced and library.text(library.load().ffi, info.bounced):
+            return "experts come through the ring of pinned memory, which has no part in it: see bounced"
         if not self.host.config.sync and not info.gpu_launches:
             return "the layers run on the CPU, where experts come in before a step only: set sync: true"
         if (self.geometry.n_slots <= self.geometry.k).all():

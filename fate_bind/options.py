@@ -98,7 +98,7 @@ def _checked(given: dict[str, str]) -> Options:
         mode=given.get("mode"),
         sync=given["sync"] == "true" if "sync" in given else None,
         prefetch=given.get("prefetch"),
-        prefetch_threshold=_number("prefetch-threshold", given, float, "a number from 0 to 1"),
+        prefetch_threshold=_number("prefetch-threshold", given, float, "a number above 0, up to 1"),
         prefetch_experts=_number("prefetch-experts", given, int, "a whole number, 1 to 16"),
         record=record,
         stats_format=stats_format,

@@ -36,11 +36,11 @@ def number(key: str, value: Any, *, above: float) -> float:
     return float(value)
 
 
-def share(key: str, value: Any) -> float:
+def share(key: str, value: Any, *, above_zero: bool = False) -> float:
     """Return `value` as a float if it is a number from 0 to 1."""
     plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not plain or not 0 <= value <= 1:
-        raise bad_value(key, value, "a number from 0 to 1")
+    if not plain or not 0 <= value <= 1 or (above_zero and value == 0):
+        raise bad_value(key, value, "a number above 0, up to 1" if above_zero else "a number from 0 to 1")
     return float(value)
 
 

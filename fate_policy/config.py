@@ -263,7 +263,7 @@ def load(path_or_name: str | Path = "lru", overrides: Mapping[str, Any] | None =
         vram=vram,
         vram_margin=parse_size("vram_margin", merged["vram_margin"]),
         prefetch=checks.choice("prefetch", prefetch, PREFETCHES),
-        prefetch_threshold=checks.share("prefetch_threshold", merged["prefetch_threshold"]),
+        prefetch_threshold=checks.share("prefetch_threshold", merged["prefetch_threshold"], above_zero=True),
         prefetch_experts=checks.integer(
             "prefetch_experts", merged["prefetch_experts"], minimum=1, maximum=prefetch_rule.MOST
         ),

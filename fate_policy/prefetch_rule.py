@@ -27,7 +27,7 @@ class Prefetch:
     experts: int = 8
 
     def __post_init__(self) -> None:
-        checks.share("prefetch_threshold", self.threshold)
+        checks.share("prefetch_threshold", self.threshold, above_zero=True)
         checks.integer("prefetch_experts", self.experts, minimum=1, maximum=MOST)
 
 

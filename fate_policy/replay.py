@@ -64,6 +64,7 @@ def replay(
         policy, geometry, mode, refresh_tokens, sync=sync, replay=True, prefetch=prefetch is not None
     )
     run = _Replay(geometry, driver, prefetch)
+    is_whole = ((path != NOT_RUN) | (path == NOT_RUN).all(axis=0)).all(axis=1)
     behind: Step | None = None
     for start, stop in pairwise(trace.step_bounds().tolist()):
         if driver.acts_late:
@@ -76,7 +77,8 @@ def replay(
         else:
             driver.expect(*coming(trace, start, stop))
             run.publish()
-            run.prefetch(trace.tokens[start:stop])
+            if is_whole[start:stop].all():  # as the engine: not where the last layer does not run
+                run.prefetch(trace.tokens[start:stop])
             driver.observe(run.step(trace, start, stop, path[start:stop]))
     if behind is not None:
         driver.observe(behind)

@@ -33,7 +33,7 @@ fate_cuda_bulk::~fate_cuda_bulk() {
     cudaStreamDestroy(engine_);
 }
 
-// Tables of a layer change in its own ops alone, and not before they are looked at here.
+// Tables of a layer change in its own ops alone and where prefetch settles, and not before they are looked at here.
 void fate_cuda_bulk::fetch(cudaStream_t stream) {
     FATE_CUDA(cudaMemcpyAsync(tables_.data, slot_of_, layers_.size() * stride_ * sizeof(int32_t), cudaMemcpyDeviceToHost, stream));
     FATE_CUDA(cudaStreamSynchronize(stream));

@@ -272,7 +272,7 @@ void fate_cuda_device::bind(const fate_device_config & config) {
         most             = std::max(most, from.index);
     }
     if (config.prefetch_experts > 0 && !ring_ && !callback_) {
-        prefetch_ = std::make_unique<fate_cuda_prefetch>(n, max_experts_, config.prefetch_experts, config.prefetch_threshold);
+        prefetch_ = std::make_unique<fate_cuda_prefetch>(ordinal_, n, max_experts_, config.prefetch_experts, config.prefetch_threshold);
         for (size_t i = 0; i < n; ++i) {
             prefetch_->bind(layers_[i], i);
         }
@@ -300,12 +300,12 @@ fate_cuda_device::~fate_cuda_device() {
 void fate_cuda_device::reset() {
     const device_scope scope(ordinal_);
     const parts        p = parts_of(0);
-    FATE_CUDA(cudaMemsetAsync(maps_.data, 0xff, 2 * layers_.size() * max_experts_ * sizeof(int32_t), stream_));
-    FATE_CUDA(cudaMemsetAsync(state_.data, 0, state_bytes_, stream_));
-    FATE_CUDA(cudaMemsetAsync(back_.data, 0, config_.wants_steps ? p.fills : p.steps, stream_));
     if (prefetch_) {
         prefetch_->reset(stream_);
     }
+    FATE_CUDA(cudaMemsetAsync(maps_.data, 0xff, 2 * layers_.size() * max_experts_ * sizeof(int32_t), stream_));
+    FATE_CUDA(cudaMemsetAsync(state_.data, 0, state_bytes_, stream_));
+    FATE_CUDA(cudaMemsetAsync(back_.data, 0, config_.wants_steps ? p.fills : p.steps, stream_));
     if (!stream_) {
         FATE_CUDA(cudaDeviceSynchronize());
     }
@@ -516,15 +516,12 @@ void fate_cuda_device::publish(const float * scores, int32_t stride, const float
 }
 
 std::string fate_cuda_device::prefetch(const float * chance, int32_t stride, bool waits) {
-    if (!prefetch_) {
+    if (!prefetch_ || !stream_) { // or nothing has run: begin() settled nothing
         return "";
     }
     try {
         const device_scope scope(ordinal_);
         prefetch_->launch(device_layers_.data, index_.data, chance, n_all(), stride, waits, stream_);
-        if (!stream_) { // nothing has run: the backend's stream is not known
-            FATE_CUDA(cudaDeviceSynchronize());
-        }
         return "";
     } catch (const fate_error & e) {
         return e.what();

@@ -1,5 +1,5 @@
 // What runs on the GPU: the decision, the copies, the tables. One launch a layer; nothing here waits for the host or for another block, but for the
-// answer to a miss in callback mode, and for what comes through the ring.
+// answer to a miss in callback mode, for what comes through the ring, and for pieces that a prefetch has begun.
 //
 // Every block of a launch takes the same decision from the same tables and copies its share; the last block to have read the tables changes them when
 // it has copied.
@@ -94,7 +94,7 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
     __shared__ unsigned        s_arrived;
     __shared__ fate_cuda_ahead s_ahead;
 
-    // the tables were last changed in another step: they are read before what runs before has ended
+    // the tables were last changed before this step's graph: they are read before what runs before has ended
     fate_pdl_launch_next();
     const int     tid       = threadIdx.x;
     const bool    is_expert = tid < layer.n_experts;
@@ -236,8 +236,9 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
     if (tid == 0) {
         arrived = atomicAdd(&layer.head->arrived, 1);
     }
+    const bool demands = AHEAD && (n_missing > 0 || fate_any_late(s_ahead));
     if constexpr (AHEAD) {
-        if (tid == 0) {
+        if (tid == 0 && demands) {
             atomicAdd(layer.n_demands, 1);
         }
         fate_copy_needed(layer, s_ahead);
@@ -255,7 +256,7 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
     }
     __syncthreads();
     if constexpr (AHEAD) {
-        if (tid == 0) {
+        if (tid == 0 && demands) {
             atomicSub(layer.n_demands, 1);
         }
     }

@@ -62,7 +62,7 @@ struct fate_cuda_layer {
 
     fate_cuda_plan * plan;      // null: nothing is prefetched
     int32_t *        waiting;   // [n_experts], 1: prefetched and not used yet
-    uint32_t *       n_demands; // blocks of the device that copy what an op waits for
+    uint32_t *       n_demands; // blocks of this engine on the device that copy what an op waits for
     uint32_t         n_pieces;  // of an expert
 
     fate_cuda_step * step;      // null: not recorded

@@ -2,9 +2,10 @@
 
 #include "cuda_prefetch.cuh"
 
+#include <algorithm>
 #include <cstring>
 
-fate_cuda_prefetch::fate_cuda_prefetch(size_t n_layers, size_t max_experts, int32_t wanted, float threshold) :
+fate_cuda_prefetch::fate_cuda_prefetch(int ordinal, size_t n_layers, size_t max_experts, int32_t wanted, float threshold) :
     n_layers_(n_layers),
     max_experts_(max_experts),
     wanted_(wanted),
@@ -17,7 +18,10 @@ fate_cuda_prefetch::fate_cuda_prefetch(size_t n_layers, size_t max_experts, int3
     }
     settled_.create();
     ended_.create();
-    FATE_CUDA(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking)); // last: nothing may throw behind it
+    int n_processors = 0;
+    FATE_CUDA(cudaDeviceGetAttribute(&n_processors, cudaDevAttrMultiProcessorCount, ordinal));
+    n_blocks_ = std::max(1, std::min(FATE_CUDA_FILL_BLOCKS, n_processors / 4)); // ops find room beside it
+    FATE_CUDA(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking));        // last: nothing may throw behind it
 }
 
 fate_cuda_prefetch::~fate_cuda_prefetch() {
@@ -44,6 +48,7 @@ void fate_cuda_prefetch::reset(cudaStream_t stream) {
 
 void fate_cuda_prefetch::begin(const fate_cuda_layer * layers, cudaStream_t stream) {
     if (is_busy_) {
+        FATE_CUDA(cudaEventRecord(ended_.handle, side_));
         FATE_CUDA(cudaStreamWaitEvent(stream, ended_.handle, 0));
         is_busy_ = false;
     }
@@ -63,6 +68,7 @@ void fate_cuda_prefetch::launch(const fate_cuda_layer * layers, const int32_t * 
         FATE_CUDA(cudaEventSynchronize(is_planned_[which].handle)); // long done: two launches ago
     }
     memcpy(chances_[which].data, chance, bytes);
+    is_busy_              = !waits; // before anything that can fail half-way
     const cudaStream_t on = waits ? stream : side_;
     if (!waits) {
         FATE_CUDA(cudaStreamWaitEvent(side_, settled_.handle, 0));
@@ -71,10 +77,6 @@ void fate_cuda_prefetch::launch(const fate_cuda_layer * layers, const int32_t * 
         layers, index, reinterpret_cast<float *>(chances_[which].data), stride, threshold_, wanted_);
     FATE_CUDA(cudaGetLastError());
     FATE_CUDA(cudaEventRecord(is_planned_[which].handle, on));
-    fate_fetch<<<FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, 0, on>>>(layers, static_cast<int32_t>(n_layers_));
+    fate_fetch<<<n_blocks_, FATE_CUDA_THREADS, 0, on>>>(layers, static_cast<int32_t>(n_layers_));
     FATE_CUDA(cudaGetLastError());
-    if (!waits) {
-        FATE_CUDA(cudaEventRecord(ended_.handle, side_));
-        is_busy_ = true;
-    }
 }

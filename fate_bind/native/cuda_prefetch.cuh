@@ -160,6 +160,12 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_plan(const fate
     const fate_cuda_layer & layer = layers[blockIdx.x];
     fate_cuda_plan &        plan  = *layer.plan;
     const int32_t           tid   = static_cast<int32_t>(threadIdx.x);
+    // from the host before the gate is held, for which the layer's op would wait
+    const float chance            = tid < layer.n_experts ? chances[static_cast<int64_t>(index[blockIdx.x]) * stride + tid] : 0.0f;
+    if (tid < layer.n_experts) {
+        s_chance[tid] = chance;
+    }
+    __syncthreads();
     if (tid == 0) {
         s_is_ours = atomicCAS(&plan.gate, FATE_GATE_OPEN, FATE_GATE_PLANNING) == FATE_GATE_OPEN;
         __threadfence();
@@ -168,12 +174,10 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_plan(const fate
     if (!s_is_ours) {
         return;
     }
-    const int32_t most   = fate_prefetch_most(wanted, layer.n_slots, layer.k);
-    const float   chance = tid < layer.n_experts ? chances[static_cast<int64_t>(index[blockIdx.x]) * stride + tid] : 0.0f;
-    const bool    comes  = tid < layer.n_experts && chance >= threshold && layer.slot_of[tid] < 0;
+    const int32_t most  = fate_prefetch_most(wanted, layer.n_slots, layer.k);
+    const bool    comes = tid < layer.n_experts && chance >= threshold && layer.slot_of[tid] < 0;
     if (tid < layer.n_experts) {
-        s_chance[tid] = chance;
-        s_comes[tid]  = comes;
+        s_comes[tid] = comes;
     }
     __syncthreads();
     const int32_t held = tid < layer.n_slots ? layer.expert_of[tid] : 0;
@@ -258,7 +262,8 @@ static __global__ void fate_settle(const fate_cuda_layer * layers, int32_t n_lay
     }
     const fate_cuda_layer & layer = layers[i];
     fate_cuda_plan &        plan  = *layer.plan;
-    for (int32_t at = 0; plan.gate == FATE_GATE_PLANNED && !plan.is_taken && at < plan.n; ++at) {
+    const int32_t           n     = plan.gate == FATE_GATE_PLANNED && !plan.is_taken ? plan.n : 0;
+    for (int32_t at = 0; at < n; ++at) {
         if (plan.claimed[at] == 0 || plan.claimed[at] >= FATE_CANCELLED) {
             continue;
         }
@@ -294,8 +299,9 @@ static __device__ int32_t fate_close(fate_cuda_plan & plan) {
     return gate == FATE_GATE_PLANNED ? *const_cast<volatile int32_t *>(&plan.n) : 0;
 }
 
-// Decides what becomes of the plan, alike in every block: claims only grow, so that whoever looks later finds the same. first[expert]: INT_MAX where the op
-// does not need it; slot_of becomes what it is with what is kept. The block synchronises before and after.
+// Decides what becomes of the plan, alike in every block, but for what is late, by which nothing is decided: claims only grow, so that whoever looks later
+// finds the same. first[expert]: INT_MAX where the op does not need it; slot_of becomes what it is with what is kept. The block synchronises before and
+// after.
 static __device__ void fate_take(const fate_cuda_layer & layer, fate_cuda_ahead & ahead, const int32_t * first, int32_t * slot_of) {
     const int at = threadIdx.x;
     if (at >= ahead.n) {
@@ -318,6 +324,7 @@ static __device__ void fate_take(const fate_cuda_layer & layer, fate_cuda_ahead 
     ahead.is_kept[at]   = is_kept;
     ahead.is_needed[at] = is_kept && first[entry.expert] != INT_MAX;
     ahead.is_late[at]   = ahead.is_needed[at] && fate_look(plan.done[at]) < layer.n_pieces;
+    __threadfence(); // of what is complete the bytes are there
 }
 
 // The entry in a slot, -1: none.
@@ -339,6 +346,14 @@ static __device__ __forceinline__ bool fate_is_late(const fate_cuda_ahead & ahea
     return false;
 }
 
+static __device__ __forceinline__ bool fate_any_late(const fate_cuda_ahead & ahead) {
+    bool any = false;
+    for (int at = 0; at < ahead.n; ++at) {
+        any = any || ahead.is_late[at];
+    }
+    return any;
+}
+
 // Copies what the op needs and nobody has claimed.
 static __device__ void fate_copy_needed(const fate_cuda_layer & layer, fate_cuda_ahead & ahead) {
     for (int at = 0; at < ahead.n; ++at) {
@@ -353,14 +368,18 @@ static __device__ void fate_copy_needed(const fate_cuda_layer & layer, fate_cuda
 static __device__ int2 fate_enter(const fate_cuda_layer & layer, const fate_cuda_ahead & ahead) {
     const int        at   = threadIdx.x;
     fate_cuda_plan & plan = *layer.plan;
-    if (at < ahead.n && ahead.is_late[at]) {
-        const uint64_t began = fate_now_ns();
+    if (at == 0) {
+        const uint64_t began  = fate_now_ns();
+        bool           waited = false;
+        for (int i = 0; i < ahead.n; ++i) {
+            waited = waited || ahead.is_late[i];
 #if !defined(FATE_FAULT_NOT_AWAITED)
-        while (fate_look(plan.done[at]) < layer.n_pieces) {
-        }
+            while (ahead.is_late[i] && fate_look(plan.done[i]) < layer.n_pieces) {
+            }
 #endif
+        }
         __threadfence();
-        fate_add(&layer.counters[FATE_COUNTER_PREFETCH_WAITED_NS], static_cast<int64_t>(fate_now_ns() - began));
+        fate_add(&layer.counters[FATE_COUNTER_PREFETCH_WAITED_NS], waited ? static_cast<int64_t>(fate_now_ns() - began) : 0);
     }
     if (at < ahead.n && !ahead.is_kept[at]) {
         fate_add(&layer.counters[FATE_COUNTER_PREFETCH_CANCELLED], 1);

@@ -11,7 +11,7 @@ struct fate_cuda_plan;
 class fate_cuda_prefetch {
 public:
     // wanted: at most so many experts of a layer and token.
-    fate_cuda_prefetch(size_t n_layers, size_t max_experts, int32_t wanted, float threshold);
+    fate_cuda_prefetch(int ordinal, size_t n_layers, size_t max_experts, int32_t wanted, float threshold);
     ~fate_cuda_prefetch();
 
     // Points a layer at its part.
@@ -38,6 +38,7 @@ private:
     int64_t                n_launched_ = 0;
     fate_cuda_event        settled_;
     fate_cuda_event        ended_;
-    bool                   is_busy_ = false; // the side stream has something of the step at hand
-    cudaStream_t           side_    = nullptr;
+    bool                   is_busy_  = false; // the side stream has something of the step at hand
+    int                    n_blocks_ = 0;     // that copy
+    cudaStream_t           side_     = nullptr;
 };

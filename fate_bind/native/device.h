@@ -1,8 +1,8 @@
 // Layers that run on a GPU: their tables, kernels and copies. What the engine needs of it, without CUDA's headers.
 //
-// Everything is enqueued on the backend's own stream, so that order there is the only synchronisation, but for large batches, whose copies have a stream of
-// their own (cuda_bulk.h). A step's counters and records come back with one
-// copy enqueued behind it; collect() waits for that copy.
+// Everything is enqueued on the backend's own stream, so that order there is the only synchronisation, but for the copies of large batches and prefetch, which
+// have streams of their own (cuda_bulk.h, cuda_prefetch.h). A step's counters and records come back with one copy enqueued behind it; collect() waits for
+// that copy.
 #pragma once
 
 #include "record.h"

@@ -269,7 +269,7 @@ bool fate_engine::expect(bool asks_scores, bool asks_chances) {
         return false;
     }
     const fate_step step = record_[current_].view();
-    asks_chances         = asks_chances && step.n_tokens == 1;
+    asks_chances         = asks_chances && step.n_tokens == 1 && record_[current_].has_output();
     if (!asks_scores && !asks_chances) {
         return false;
     }

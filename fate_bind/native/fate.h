@@ -128,7 +128,8 @@ typedef int32_t (*fate_step_fn)(void * user, fate_engine * engine, const fate_st
 // scores act on that very step. Without, it comes when that step was launched (not for the first one), and they act on the step after it: nothing waits for
 // the answer. scores, bonus and published as in on_step; null where they are not asked for. chances, null where they are not: set *predicted to 1 and write
 // chances[n_layers][max n_experts], zero-filled, that the step uses each expert. They act on that very step, as far as its layers have not run yet; therefore
-// without sync they are asked for first, in a call of their own. They are not asked for before steps of several tokens.
+// without sync they are asked for first, in a call of their own. They are asked for steps of one token whose output is wanted: of another the last layer does
+// not run.
 typedef int32_t (*fate_expect_fn)(void * user, fate_engine * engine, int32_t n_tokens, const int32_t * tokens, const int32_t * positions,
                                   const int32_t * sequences, float * scores, float * bonus, int32_t * published, float * chances,
                                   int32_t * predicted);
@@ -147,7 +148,7 @@ typedef struct fate_config {
     int32_t sync;                 // 1: records of step t are handed over at its end, 0: one step later; callback mode is always sync
     int32_t scores;               // 1: the policy publishes scores (call on_step)
     int32_t expects;              // 1: it wants to know the tokens that come (call on_expect too)
-    int32_t prefetch;             // 1: the policy predicts (call on_expect too); in table mode
+    int32_t prefetch;             // 1: the policy predicts; in table mode, with expects, without stage_all
     int32_t prefetch_experts;     // at most so many of a layer and token
     float   prefetch_threshold;   // the least chance worth a copy
     int32_t record;               // 1: routing is recorded (call on_step)

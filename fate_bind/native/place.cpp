@@ -32,7 +32,7 @@ void fate_engine::measure() {
     tried_.assign(gpus_.size(), 0);
     scores_.resize(blocks_.size() * static_cast<size_t>(max_experts_));
     bonus_.resize(blocks_.size());
-    if (config_.prefetch && config_.mode == FATE_MODE_TABLE) {
+    if (config_.prefetch && config_.mode == FATE_MODE_TABLE && !config_.stage_all) {
         chances_.resize(scores_.size());
     }
 }

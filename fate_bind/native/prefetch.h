@@ -1,7 +1,7 @@
 // What a layer brings in before it is asked for, once, for the CUDA engine, the host twin and the tests. No ggml, no allocation.
 //
 // Absent experts whose chance to be used by the coming token is at least the threshold come in, the likeliest first. They take free slots, then those of
-// the first victims by the decision rule, but never that of an expert which is as likely: so predicted experts stay, whatever their score.
+// the first victims by the decision rule, but never that of an expert whose chance is at least the threshold too, whatever its score.
 // What was brought in for a token is no victim of that token's op, needed or not: its bytes may still be on their way.
 #pragma once
 
@@ -15,7 +15,7 @@ struct fate_prefetch {
     int32_t victim; // that goes from the slot, -1: it was free
 };
 
-// How many a layer may bring in, so that the token's own experts find room beside them.
+// How many a layer may bring in, so that the experts of one row find room beside them.
 FATE_HOST_DEVICE inline int32_t fate_prefetch_most(int32_t wanted, int32_t n_slots, int32_t k) {
     const int32_t room = n_slots - k;
     const int32_t most = wanted < FATE_PREFETCH_MAX ? wanted : FATE_PREFETCH_MAX;

@@ -16,6 +16,8 @@ public:
 
     int32_t n_tokens() const { return n_tokens_; }
 
+    bool has_output() const { return !output_tokens_.empty(); }
+
     void set_row(int32_t token, int32_t layer, uint8_t path);
 
     int32_t * ids(int32_t token, int32_t layer) { return &ids_[index(token, layer)]; }

@@ -91,7 +91,7 @@ def test_our_flags_are_taken_out_and_the_rest_stays_in_order() -> None:
         (["--fate-slots"], "--fate-slots needs a value: N|N%"),
         (["--fate-slots="], "--fate-slots is empty"),
         (["--fate-sync=maybe"], "expected --fate-sync, --fate-sync=true or --fate-sync=false"),
-        (["--fate-prefetch-threshold=x"], "--fate-prefetch-threshold x: expected a number from 0 to 1"),
+        (["--fate-prefetch-threshold=x"], "--fate-prefetch-threshold x: expected a number above 0, up to 1"),
         (["--fate-prefetch-experts=2.5"], "--fate-prefetch-experts 2.5: expected a whole number, 1 to 16"),
         (["--fate-stats", "xml"], "--fate-stats xml: expected text"),
         (["--fate-stats", "json:"], "--fate-stats json:: expected text"),

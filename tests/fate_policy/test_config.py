@@ -108,8 +108,12 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
             "prefetch: 'tokens' is not allowed; expected one of off, token; did you mean 'token'",
         ),
         ("prefetch: true", "prefetch: True is not allowed"),
-        ("prefetch_threshold: 1.5", "prefetch_threshold: 1.5 is not allowed; expected a number from 0 to 1"),
+        (
+            "prefetch_threshold: 1.5",
+            "prefetch_threshold: 1.5 is not allowed; expected a number above 0, up to 1",
+        ),
         ("prefetch_threshold: .nan", "prefetch_threshold: nan is not allowed"),
+        ("prefetch_threshold: 0", "prefetch_threshold: 0 is not allowed"),
         ("prefetch_experts: 17", "prefetch_experts: 17 is not allowed; expected a whole number, 1 to 16"),
         ("prefetch_experts: 0", "prefetch_experts: 0 is not allowed"),
         (
