@@ -44,7 +44,7 @@ static char * map(size_t offset, size_t size, int flags = 0) {
     return static_cast<char *>(p);
 }
 
-// What the engine does: chunks in mappings of their own, each taken by some thread, its pages met first or not.
+// Chunks in mappings of their own, each taken by some thread, its pages met first or not.
 class chunks {
 public:
     chunks(size_t size, int n_threads, bool populates) {

@@ -18,17 +18,7 @@ from fate_policy.driver import check_mode, check_prefetch, overrides
 from fate_policy.errors import PolicyConfigError, TraceError
 
 _MODES = {"off": "FATE_MODE_OFF", "table": "FATE_MODE_TABLE", "callback": "FATE_MODE_CALLBACK"}
-_EVENTS_AND_QUESTIONS = (
-    "start",
-    "observe",
-    "expect",
-    "admit",
-    "drop",
-    "scores",
-    "bonus",
-    "victims",
-    "predict",
-)
+_EVENTS_AND_QUESTIONS = ("start", "observe", "expect", "admit", "drop", "scores", "bonus", "victims")
 
 _one_configuration = threading.RLock()
 _alive: set[Host] = set()  # the library holds no reference, so this does
@@ -80,8 +70,10 @@ class Host:
         if self.prefetches:
             check_prefetch(first)
         self._first: Policy | None = first
-        self.is_silent = config.mode == "table" and not any(
-            overrides(first, name) for name in _EVENTS_AND_QUESTIONS
+        self.is_silent = (
+            config.mode == "table"
+            and not self.prefetches
+            and not any(overrides(first, name) for name in _EVENTS_AND_QUESTIONS)
         )
         self._expects = overrides(first, "expect") or self.prefetches
         self._weighs = record is not None or first.wants_weights

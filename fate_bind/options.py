@@ -24,7 +24,7 @@ _FLAGS = {
     "mode": ("table|callback|off", "scores between tokens, Python at every miss, no pool (default: table)"),
     "sync": (None, "scores act from the very next step; the model waits for the policy"),
     "prefetch": ("off|token", "bring in what the policy predicts for the coming token (default: off)"),
-    "prefetch-threshold": ("CHANCE", "of experts at least so likely, 0 to 1 (default: 0.5)"),
+    "prefetch-threshold": ("CHANCE", "of experts at least so likely, above 0, up to 1 (default: 0.5)"),
     "prefetch-experts": ("N", "at most N of a layer and token, 1 to 16 (default: 8)"),
     "record": ("FILE.npz", "write every token's routing to FILE.npz"),
     "stats": ("text|json[:FILE]", "numbers at the end: text on stderr, JSON on stdout or in FILE"),

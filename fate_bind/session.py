@@ -139,14 +139,7 @@ class Session:
         throttle_gbps: float | None = None,
     ) -> None:
         config, instance = resolve_config(
-            policy,
-            slots,
-            mode,
-            sync,
-            vram,
-            prefetch=prefetch,
-            prefetch_threshold=prefetch_threshold,
-            prefetch_experts=prefetch_experts,
+            policy, slots, mode, sync, vram, None, prefetch, prefetch_threshold, prefetch_experts
         )
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         if record is True:
@@ -219,14 +212,7 @@ class Session:
             policy = self._host.config if self._host is not None else "lru"
             given = self._host.given_copy() if self._host is not None else None
         config, instance = resolve_config(
-            policy,
-            slots,
-            mode,
-            sync,
-            vram,
-            prefetch=prefetch,
-            prefetch_threshold=prefetch_threshold,
-            prefetch_experts=prefetch_experts,
+            policy, slots, mode, sync, vram, None, prefetch, prefetch_threshold, prefetch_experts
         )
         instance = given if instance is None else instance
         return self.fork_with(Host(config, instance, Path(record) if record else None, require))

@@ -1,8 +1,8 @@
 """What a layer brings in before the token that needs it: `fate_bind/native/prefetch.h` again, for replay.
 
 Absent experts whose chance to be used by the coming token reaches the threshold come in, the likeliest first.
-They take free slots, then those of the first victims by the decision rule, but never that of an expert that
-is as likely. Replay must give the engine's counters, so a change here is a change there.
+They take free slots, then those of the first victims by the decision rule, but never that of an expert whose
+chance reaches it too. Replay must give the engine's counters, so a change here is a change there.
 """
 
 from __future__ import annotations

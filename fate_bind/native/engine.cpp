@@ -274,7 +274,9 @@ bool fate_engine::expect(bool asks_scores, bool asks_chances) {
         return false;
     }
     int32_t predicted = 0;
-    std::fill(chances_.begin(), chances_.end(), 0.0f);
+    if (asks_chances) {
+        std::fill(chances_.begin(), chances_.end(), 0.0f);
+    }
     const bool published = call([&](int32_t * flag) {
         return config_.on_expect(config_.user, this, step.n_tokens, step.tokens, step.positions, step.sequences,
                                  asks_scores ? scores_.data() : nullptr, asks_scores ? bonus_.data() : nullptr, flag,

@@ -1,9 +1,7 @@
 // Prefetch on the GPU: where a step waits for it, against the host's layer, all alike; beside the step, in every order of the two streams, by the bytes
 // that an op's experts have when it ends.
 #include "check.h"
-#include "cuda_check.h"
-#include "cuda_kernels.cuh"
-#include "layer.h"
+#include "cuda-fixture.h"
 
 #include <algorithm>
 #include <cstring>
@@ -16,26 +14,10 @@ struct shape {
     size_t              skew;         // of the sources, which files do not align
 };
 
-struct list_io : fate_layer_io {
-    bool ask(const std::vector<int32_t> &, const std::vector<int32_t> &, const int64_t *, int32_t, int32_t *) override { return false; }
-    void reject() override {}
-    void evict(int32_t expert) override { evictions.push_back(expert); }
-    void fill(int32_t expert, int32_t) override { fills.push_back(expert); }
-
-    std::vector<int32_t> fills, evictions;
-};
-
 // How the copies stand to the op.
 enum order { WAITED_FOR, BESIDE, BEFORE, BEHIND, N_ORDERS };
 
 static int64_t seen[N_ORDERS][FATE_N_COUNTERS];
-
-template <typename T> static T * device(size_t n, int byte = 0) {
-    T * p = nullptr;
-    FATE_CUDA(cudaMalloc(&p, n * sizeof(T)));
-    FATE_CUDA(cudaMemset(p, byte, n * sizeof(T)));
-    return p;
-}
 
 template <typename T> static T * mapped(size_t n) {
     T * p = nullptr;
@@ -43,37 +25,16 @@ template <typename T> static T * mapped(size_t n) {
     return p;
 }
 
-template <typename T> static std::vector<T> host(const T * p, size_t n, cudaStream_t stream) {
-    std::vector<T> out(n);
-    FATE_CUDA(cudaMemcpyAsync(out.data(), p, n * sizeof(T), cudaMemcpyDeviceToHost, stream));
-    FATE_CUDA(cudaStreamSynchronize(stream));
-    return out;
-}
-
 static void run(const shape & s, order how, int n_steps, uint32_t seed) {
     static const int32_t WANTED    = 6;
     static const float   THRESHOLD = 0.5f;
 
     std::mt19937    random(seed);
-    fate_cuda_layer layer;
-    memset(&layer, 0, sizeof(layer));
-    layer.n_experts = s.n_experts;
-    layer.n_slots   = s.n_slots;
-    layer.k         = s.k;
-    layer.n_tensors = static_cast<int32_t>(s.expert_bytes.size());
-    layer.slot_of   = device<int32_t>(s.n_experts, 0xff);
-    layer.expert_of = device<int32_t>(s.n_slots, 0xff);
-    layer.last_use  = device<int64_t>(s.n_experts);
-    layer.score     = device<float>(s.n_experts);
-    layer.head      = device<fate_cuda_head>(1);
-    layer.counters  = device<int64_t>(FATE_N_COUNTERS);
-    layer.plan      = device<fate_cuda_plan>(1);
-    layer.waiting   = device<int32_t>(s.n_experts);
-    layer.n_demands = device<uint32_t>(1);
-    layer.step      = device<fate_cuda_step>(1);
-    layer.fills     = device<int32_t>(s.n_experts);
-    layer.evictions = device<int32_t>(s.n_experts);
-    layer.is_wide   = true;
+    fate_cuda_layer layer = cold_layer(s.n_experts, s.k, s.n_slots);
+    layer.n_tensors       = static_cast<int32_t>(s.expert_bytes.size());
+    layer.plan            = device<fate_cuda_plan>(1);
+    layer.waiting         = device<int32_t>(s.n_experts);
+    layer.n_demands       = device<uint32_t>(1);
 
     std::vector<char *> sources, slots;
     for (size_t t = 0; t < s.expert_bytes.size(); ++t) {

@@ -1,10 +1,8 @@
 // The kernels against the host's layer: same tables, slots, counters and bytes after every step of random traces; experts straight from pinned memory
 // and through the ring.
 #include "check.h"
-#include "cuda_check.h"
-#include "cuda_kernels.cuh"
+#include "cuda-fixture.h"
 #include "cuda_ring.h"
-#include "layer.h"
 
 #include <algorithm>
 #include <cstring>
@@ -17,52 +15,16 @@ struct shape {
     size_t              tail;
 };
 
-struct silent_io : fate_layer_io {
-    bool ask(const std::vector<int32_t> &, const std::vector<int32_t> &, const int64_t *, int32_t, int32_t *) override { return false; }
-    void reject() override {}
-    void evict(int32_t expert) override { evictions.push_back(expert); }
-    void fill(int32_t expert, int32_t) override { fills.push_back(expert); }
-
-    std::vector<int32_t> fills, evictions;
-};
-
 // How often a batch seeded from more rows than n_slots / k, and what ended them before its first row.
 static struct {
     int more, by_slots, by_pairs;
 } n_seedings;
 
-template <typename T> static T * device(size_t n, int byte = 0) {
-    T * p = nullptr;
-    FATE_CUDA(cudaMalloc(&p, n * sizeof(T)));
-    FATE_CUDA(cudaMemset(p, byte, n * sizeof(T)));
-    return p;
-}
-
-template <typename T> static std::vector<T> host(const T * p, size_t n) {
-    std::vector<T> out(n);
-    FATE_CUDA(cudaMemcpy(out.data(), p, n * sizeof(T), cudaMemcpyDeviceToHost));
-    return out;
-}
-
 static void run(const shape & s, bool through_ring, int n_steps, uint32_t seed) {
     std::mt19937    random(seed);
     const int32_t   max_rows = FATE_SEED_PAIRS / s.k + 40;
-    fate_cuda_layer layer;
-    memset(&layer, 0, sizeof(layer));
-    layer.n_experts = s.n_experts;
-    layer.n_slots   = s.n_slots;
-    layer.k         = s.k;
-    layer.n_tensors = static_cast<int32_t>(s.expert_bytes.size());
-    layer.slot_of   = device<int32_t>(s.n_experts, 0xff);
-    layer.expert_of = device<int32_t>(s.n_slots, 0xff);
-    layer.last_use  = device<int64_t>(s.n_experts);
-    layer.score     = device<float>(s.n_experts);
-    layer.head      = device<fate_cuda_head>(1);
-    layer.counters  = device<int64_t>(FATE_N_COUNTERS);
-    layer.step      = device<fate_cuda_step>(1);
-    layer.fills     = device<int32_t>(s.n_experts);
-    layer.evictions = device<int32_t>(s.n_experts);
-    layer.is_wide   = true;
+    fate_cuda_layer layer    = cold_layer(s.n_experts, s.k, s.n_slots);
+    layer.n_tensors          = static_cast<int32_t>(s.expert_bytes.size());
 
     std::vector<char *> sources, slots, staging;
     for (size_t t = 0; t < s.expert_bytes.size(); ++t) {
@@ -138,7 +100,7 @@ static void run(const shape & s, bool through_ring, int n_steps, uint32_t seed) 
         std::vector<int32_t> twin_slots(n_rows * s.k);
         twin.begin_step();
         std::vector<uint8_t> twin_hits(n_rows * s.k);
-        silent_io            io;
+        list_io              io;
 
         fate_cuda_call call = {};
         call.ids            = reinterpret_cast<const char *>(ids);

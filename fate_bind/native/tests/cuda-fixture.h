@@ -1,0 +1,53 @@
+// What the tests of the kernels share: arrays on the device, a layer's tables there, and a twin that tells what it moved.
+#pragma once
+
+#include "cuda_check.h"
+#include "cuda_kernels.cuh"
+#include "layer.h"
+
+#include <cstring>
+#include <vector>
+
+struct list_io : fate_layer_io {
+    bool ask(const std::vector<int32_t> &, const std::vector<int32_t> &, const int64_t *, int32_t, int32_t *) override { return false; }
+    void reject() override {}
+    void evict(int32_t expert) override { evictions.push_back(expert); }
+    void fill(int32_t expert, int32_t) override { fills.push_back(expert); }
+
+    std::vector<int32_t> fills, evictions;
+};
+
+template <typename T> static T * device(size_t n, int byte = 0) {
+    T * p = nullptr;
+    FATE_CUDA(cudaMalloc(&p, n * sizeof(T)));
+    FATE_CUDA(cudaMemset(p, byte, n * sizeof(T)));
+    return p;
+}
+
+// Behind what is enqueued on the stream.
+template <typename T> static std::vector<T> host(const T * p, size_t n, cudaStream_t stream = nullptr) {
+    std::vector<T> out(n);
+    FATE_CUDA(cudaMemcpyAsync(out.data(), p, n * sizeof(T), cudaMemcpyDeviceToHost, stream));
+    FATE_CUDA(cudaStreamSynchronize(stream));
+    return out;
+}
+
+// A cold layer that is recorded, without its tensors.
+static fate_cuda_layer cold_layer(int32_t n_experts, int32_t k, int32_t n_slots) {
+    fate_cuda_layer layer;
+    memset(&layer, 0, sizeof(layer));
+    layer.n_experts = n_experts;
+    layer.n_slots   = n_slots;
+    layer.k         = k;
+    layer.slot_of   = device<int32_t>(n_experts, 0xff);
+    layer.expert_of = device<int32_t>(n_slots, 0xff);
+    layer.last_use  = device<int64_t>(n_experts);
+    layer.score     = device<float>(n_experts);
+    layer.head      = device<fate_cuda_head>(1);
+    layer.counters  = device<int64_t>(FATE_N_COUNTERS);
+    layer.step      = device<fate_cuda_step>(1);
+    layer.fills     = device<int32_t>(n_experts);
+    layer.evictions = device<int32_t>(n_experts);
+    layer.is_wide   = true;
+    return layer;
+}
