@@ -25,6 +25,8 @@ NO_WEIGHTS = (
 )
 FAR = 255
 """The distance of uses that are farther away, or never come."""
+AHEAD_PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+"""Penalties to try for the regression on layers before, in times the number of samples, strongest first."""
 
 
 @dataclass(frozen=True)
@@ -450,12 +452,50 @@ def _fit_ahead(
         expected = model.chance(odds.astype(np.float32))
     else:
         expected = predicted[:, :, 0]
-    surprise = now - expected
+    exists = fitted.shape.even_rates() > 0
+    surprise = (now - expected) * exists
+    prompt = seen.prompt[seen.sampled]
+    is_second = prompt >= np.median(prompt)
+    if is_second.all():  # one prompt
+        is_second = np.arange(len(prompt)) >= len(prompt) // 2
     ahead = np.zeros((AHEAD, n_layers, AHEAD_LAYERS * n_experts, n_experts), np.float32)
-    for distance in range(1, AHEAD + 1):
-        for layer in range(distance, n_layers):
-            inputs = model.ahead_inputs(surprise, layer, distance)
-            square = inputs.T @ inputs
-            square += np.eye(len(square)) * max(1.0, 0.02 * len(inputs) * 0.05)
-            ahead[distance - 1, layer] = np.linalg.solve(square, inputs.T @ surprise[:, layer])
+    for first in range(1, n_layers):  # the layers before are known
+        wanted = surprise[:, first : first + AHEAD]
+        found = _ridge(model.ahead_inputs(surprise, first, 1), wanted, is_second)
+        for i in range(wanted.shape[1]):
+            ahead[i, first + i] = found[:, i]
     return ahead
+
+
+def _ridge(
+    inputs: NDArray[np.float32], wanted: NDArray[np.float32], is_second: NDArray[np.bool_]
+) -> NDArray[np.float32]:
+    """Return the weights (n_inputs, n_wanted, n_experts) that predict `wanted` (n, n_wanted, n_experts).
+
+    Each of the `n_wanted` has the penalty by which either half of the samples is predicted best from the
+    other; where none beats predicting zero its weights are zero. Once one gains for none, weaker ones are
+    not tried.
+    """
+    n, n_wanted, n_experts = wanted.shape
+    halves = [
+        (inputs[half], wanted[half].reshape(-1, n_wanted * n_experts)) for half in (~is_second, is_second)
+    ]
+    squares = [known.T @ known for known, _ in halves]
+    products = [known.T @ answers for known, answers in halves]
+    weights = np.zeros((inputs.shape[1], n_wanted, n_experts), np.float32)
+    best = np.zeros(n_wanted, np.float32)
+    for penalty in AHEAD_PENALTIES:
+        # not less for a half: what is best depends on noise and signal, not on the number of samples
+        ridge = np.eye(inputs.shape[1], dtype=np.float32) * np.float32(max(1, penalty * n))
+        gain = np.zeros(n_wanted, np.float32)  # by how much squared errors fall
+        for fit, judge in ((0, 1), (1, 0)):
+            tried = np.linalg.solve(squares[fit] + ridge, products[fit])
+            fall = (2 * products[judge] - squares[judge] @ tried) * tried
+            gain += fall.reshape(weights.shape).sum(axis=(0, 2))
+        gains = gain > best
+        if not gains.any():
+            break
+        best[gains] = gain[gains]
+        whole = np.linalg.solve(sum(squares) + ridge, sum(products)).reshape(weights.shape)
+        weights[:, gains] = whole[:, gains]
+    return weights

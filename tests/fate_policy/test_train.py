@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from policy_contract import DATA, real_trace, synthetic_trace
+from policy_contract import DATA, geometry, real_trace, synthetic_trace
 
 from fate_policy import assess, cli, config, cost, data, features, model, trace, train, train_command
 from fate_policy.errors import FateError, TraceError
 from fate_policy.features import EARLY_AT, EARLY_OF, NAMES
 from fate_policy.kernels import Routing, simulate
 from fate_policy.replay import replay
-from fate_policy.train import FAR, Options, _fit_linear, next_uses, uses
+from fate_policy.train import FAR, Options, _fit_linear, _ridge, next_uses, uses
 
 SMALL = train.Options(
     sample_every=4,
@@ -231,3 +231,74 @@ def test_few_early_tokens_make_no_wild_coefficients() -> None:
     wanted[:8] = inputs[:8, EARLY_OF[0]] > 0
     coef = _fit_linear(inputs, wanted, None, Options())
     assert np.abs(coef[EARLY_AT]).max() < 2 * abs(coef[0])
+
+
+SKEWED = geometry([16] * 6, [4] * 6, [8] * 6)
+
+
+def skewed_trace(n_tokens: int, seed: int, *, is_copied: bool = False) -> train.Trace:
+    """Return layers that like some experts more, independent of one another or copies of the first."""
+    rng = np.random.default_rng(seed)
+    liked = np.stack([np.roll(np.linspace(3, 0, 16), 5 * layer) for layer in range(6)])
+    drawn = liked + rng.gumbel(size=(n_tokens, 6, 16))
+    ids = np.argsort(-drawn, axis=2)[:, :, :4].astype(np.uint8)
+    if is_copied:
+        ids[:] = ids[:, :1]
+    whole = synthetic_trace(n_tokens, shape=SKEWED)
+    tokens = rng.integers(50, size=n_tokens).astype(np.int32)
+    return replace(whole, ids=np.where(whole.ids == 255, 255, ids).astype(np.uint8), token_id=tokens)
+
+
+def recall_ahead(fitted: model.Model, test: train.Trace) -> list[tuple[dict[str, float], dict[str, float]]]:
+    """Return recall at the start of the token and ahead, by distance, of the same layers."""
+    tables = assess.serve(fitted, test)
+    found = assess.predictions(fitted, test, tables)
+    used, expected = uses(test.experts(), 16), model.chance(tables["now"])
+    return [
+        (assess._recall(fitted, expected, used, distance), found[f"ahead_{distance}"])
+        for distance in range(1, model.AHEAD + 1)
+    ]
+
+
+@pytest.mark.parametrize("n_tokens", [100, 400, 1600])
+def test_layers_that_tell_nothing_do_no_harm(n_tokens: int) -> None:
+    """A penalty too weak for so few samples once took up to a fifth of the start's recall."""
+    fitted = train.fit([skewed_trace(n_tokens, 1)], SMALL)
+    for start, ahead in recall_ahead(fitted, skewed_trace(1000, 2)):
+        assert start["at_k"] > 0.35
+        assert ahead["at_k"] > start["at_k"] - 0.01
+        assert ahead["at_2k"] > start["at_2k"] - 0.01
+
+
+@pytest.mark.parametrize("is_one_prompt", [False, True])
+def test_a_layer_that_copies_is_foreseen(is_one_prompt: bool) -> None:
+    first = skewed_trace(1600, 1, is_copied=True)
+    if is_one_prompt:
+        first = replace(first, sequence=np.zeros_like(first.sequence))
+    fitted = train.fit([first], SMALL)
+    for start, ahead in recall_ahead(fitted, skewed_trace(400, 2, is_copied=True)):
+        assert start["at_k"] < 0.6
+        assert ahead["at_k"] > 0.98
+
+
+def test_each_layer_ahead_has_its_own_penalty() -> None:
+    """One that the halves of the samples contradict has none that is weak enough: its weights are zero."""
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((200, 8)).astype(np.float32)
+    is_second = np.arange(200) >= 100
+    sure, noisy = inputs[:, :2], inputs[:, :2] + rng.standard_normal((200, 2)) * 4
+    wanted = np.stack((sure, np.where(is_second[:, None], sure, -sure), noisy), axis=1).astype(np.float32)
+    weights = _ridge(inputs, wanted, is_second)
+    assert weights.shape == (8, 3, 2)
+    assert np.abs(weights[:, 0] - np.eye(8, 2)).max() < 0.01
+    assert not weights[:, 1].any()
+    assert (np.diag(weights[:, 2]) < 0.9).all()
+    assert weights[:, :1] == pytest.approx(_ridge(inputs, wanted[:, :1], is_second), abs=1e-5)
+
+
+def test_experts_that_a_layer_lacks_tell_nothing() -> None:
+    fitted = train.fit([synthetic_trace()], SMALL)
+    of_first = fitted.ahead[0, 1].reshape(model.AHEAD_LAYERS, 16, 16)[0]
+    assert fitted.shape.n_experts.tolist() == [8, 16, 16]
+    assert of_first[:8].any(axis=1).all()
+    assert not of_first[8:].any()
