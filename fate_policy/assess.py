@@ -17,7 +17,7 @@ from fate_policy.kernels import Routing, simulate, simulate_scores
 from fate_policy.model import AHEAD, Model, Scorer, chance
 from fate_policy.prefetch import simulate_prefetch
 from fate_policy.progress import Bar
-from fate_policy.trace import Trace
+from fate_policy.trace import OPTIONAL, Trace
 from fate_policy.train import FAR, shape_of, uses
 
 SHARES = (0.125, 0.25, 0.5, 0.75)
@@ -259,7 +259,7 @@ def _prompt_of(trace: Trace) -> NDArray[np.intp]:
 
 
 def _of_rows(trace: Trace, rows: NDArray[np.intp]) -> Trace:
-    columns = ("ids", "path", "sequence", "position", "token_id", "is_decode", "weights", "token_hash")
+    columns = ("ids", "path", "sequence", "position", "token_id", "is_decode", *OPTIONAL)
     taken: dict[str, Any] = {
         name: None if (column := getattr(trace, name)) is None else column[rows] for name in columns
     }

@@ -53,6 +53,11 @@ class Step:
     tokens, positions, sequences : int32 (n_tokens,); token -1 = unknown
     hits : uint8 like `ids`: 1 = hit in the pool
     fills, evictions : int32 (n, 2), rows (layer, expert) in order
+    horizons : how many layers before its own each in-token prediction was made, the farthest first; () if
+        none are told
+    ahead_ids : int32 (n_tokens, n_layers, n_horizons, n_ahead), the experts that it names for the layer,
+        likeliest first, -1 = none; None if none are told
+    ahead_chances : float32 like `ahead_ids`: their chances, above 0; 0 where none is named
     """
 
     ids: NDArray[np.int32]
@@ -64,6 +69,9 @@ class Step:
     hits: NDArray[np.uint8]
     fills: NDArray[np.int32]
     evictions: NDArray[np.int32]
+    ahead_ids: NDArray[np.int32] | None = None
+    ahead_chances: NDArray[np.float32] | None = None
+    horizons: tuple[int, ...] = ()
 
     @property
     def n_tokens(self) -> int:

@@ -46,7 +46,10 @@ class Trace:
     is_decode : bool (n_tokens,): generated, not prompt
     prompt_start : int32: the first token of each sequence
     weights : float16 like ids, or None;  token_hash : uint32 (n_tokens,), or None
-    meta : model, n_experts, k, n_slots, expert_bytes (a list each, one number per layer), and more
+    ahead_ids : int16 (n_tokens, n_layers, n_horizons, n_ahead), as in `Step`, or None
+    ahead_chances : float32 like ahead_ids, or None
+    meta : model, n_experts, k, n_slots, expert_bytes (a list each, one number per layer), and more; with
+        ahead_ids also horizons, as in `Step`, a list
     """
 
     ids: NDArray[np.unsignedinteger]
@@ -59,6 +62,8 @@ class Trace:
     prompt_start: NDArray[np.int32]
     weights: NDArray[np.float16] | None = None
     token_hash: NDArray[np.uint32] | None = None
+    ahead_ids: NDArray[np.int16] | None = None
+    ahead_chances: NDArray[np.float32] | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -69,12 +74,27 @@ class Trace:
     def n_layers(self) -> int:
         return int(self.ids.shape[1])
 
+    @property
+    def horizons(self) -> tuple[int, ...]:
+        """Say how many layers before its own each recorded prediction was made; () if none was recorded."""
+        return () if self.ahead_ids is None else tuple(self.meta["horizons"])
+
     def experts(self, start: int = 0, stop: int | None = None) -> NDArray[np.int32]:
         """Return ids as int32 with -1 = not run."""
         part = self.ids[start:stop]
         ids = part.astype(np.int32)
         ids[part == np.iinfo(self.ids.dtype).max] = -1
         return ids
+
+    def ahead(self, start: int, stop: int) -> dict[str, Any]:
+        """Return the fields of a `Step` of these tokens that tell in-token predictions; {} without any."""
+        if self.ahead_ids is None or self.ahead_chances is None:
+            return {}
+        return {
+            "ahead_ids": self.ahead_ids[start:stop].astype(np.int32),
+            "ahead_chances": self.ahead_chances[start:stop],
+            "horizons": self.horizons,
+        }
 
     @functools.cached_property
     def tokens(self) -> NDArray[np.int32]:
@@ -100,6 +120,9 @@ class Trace:
         """Return the tokens from `start` up to `stop`, as a view."""
         cut = slice(start, stop)
         starts = self.prompt_start[(self.prompt_start >= start) & (self.prompt_start < stop)] - start
+        optional: dict[str, Any] = {
+            name: column[cut] for name in OPTIONAL if (column := getattr(self, name)) is not None
+        }
         return replace(
             self,
             ids=self.ids[cut],
@@ -110,24 +133,31 @@ class Trace:
             token_id=self.token_id[cut],
             is_decode=self.is_decode[cut],
             prompt_start=starts.astype(np.int32),
-            weights=None if self.weights is None else self.weights[cut],
-            token_hash=None if self.token_hash is None else self.token_hash[cut],
+            **optional,
         )
 
     def hash(self) -> str:
-        """Return the SHA-256 of the routing: of experts, paths and steps, whatever the dtype of ids."""
+        """Return the SHA-256 of the routing: of experts, paths and steps, whatever the dtype of ids.
+
+        In-token predictions count too, where there are any.
+        """
         digest = hashlib.sha256(repr(self.ids.shape).encode())
         for start in range(0, self.n_tokens, 4096):
             stop = start + 4096
             for array in (self.experts(start, stop), self.path[start:stop], self.step[start:stop]):
                 digest.update(np.ascontiguousarray(array).tobytes())
+        if self.ahead_ids is not None and self.ahead_chances is not None:
+            digest.update(repr((self.horizons, self.ahead_ids.shape)).encode())
+            for start in range(0, self.n_tokens, 4096):
+                for part in (self.ahead_ids, self.ahead_chances):
+                    digest.update(np.ascontiguousarray(part[start : start + 4096]).tobytes())
         return digest.hexdigest()
 
     def save(self, path: str | Path) -> None:
         """Write the .npz file in one go; an old one is replaced only by a whole one."""
         arrays: dict[str, Any] = {
             name: getattr(self, name)
-            for name in (*_ROW_COLUMNS, "prompt_start", "weights", "token_hash")
+            for name in (*_ROW_COLUMNS, "prompt_start", *OPTIONAL)
             if getattr(self, name) is not None
         }
         arrays["meta"] = np.array(json.dumps(dict(self.meta)))
@@ -144,6 +174,8 @@ class Trace:
 
 
 _ROW_COLUMNS = ("ids", "path", "step", "sequence", "position", "token_id", "is_decode")
+OPTIONAL = ("weights", "token_hash", "ahead_ids", "ahead_chances")
+"""Columns of a trace, one row a token, that it may lack."""
 
 
 def geometry_meta(geometry: Geometry) -> dict[str, list[int]]:
@@ -178,7 +210,8 @@ class TraceWriter:
     Parameters
     ----------
     meta
-        Must hold the lists n_experts, k, n_slots and expert_bytes (see `geometry_meta`); JSON values.
+        Must hold the lists n_experts, k, n_slots and expert_bytes (see `geometry_meta`); JSON values. The
+        horizons of in-token predictions are added to it, if the first step tells any.
     """
 
     def __init__(self, path: str | Path, meta: Mapping[str, Any]) -> None:
@@ -214,7 +247,7 @@ class TraceWriter:
         self.close()
 
     def append(self, step: Step, is_decode: NDArray[np.bool_] | None = None) -> None:
-        """Record one step.
+        """Record one step. All steps of a recording tell weights, or none does, and so with predictions.
 
         Parameters
         ----------
@@ -226,15 +259,18 @@ class TraceWriter:
             raise TraceError(f"trace {self.path} is closed")
         if not step.n_tokens:
             return
-        shape = step.ids.shape[1:], step.weights is not None
+        shape = step.ids.shape[1:], step.weights is not None, self._ahead_shape(step), step.horizons
         if not self._columns:
-            self._shape, self._columns = shape, self._layout(*shape)
+            self._shape, self._columns = shape, self._layout(*shape[:3])
+            if step.ahead_ids is not None:
+                self.meta["horizons"] = list(step.horizons)
             self._row_bytes = sum(dtype.itemsize * math.prod(size) for dtype, size in self._columns.values())
             layout = {name: [dtype.str, list(size)] for name, (dtype, size) in self._columns.items()}
             self._write(b"META", json.dumps({"meta": self.meta, "columns": layout}).encode())
         elif shape != self._shape:
             raise TraceError(
-                f"trace {self.path}: a step holds {self._layout(*shape)}, the steps before {self._columns}"
+                f"trace {self.path}: a step holds {self._layout(*shape[:3])}, horizons {step.horizons}, the "
+                f"steps before {self._columns}, horizons {self._shape[3]}; record them apart"
             )
         self._waiting.append(_Waiting(step, self._step, is_decode))
         self._step += 1
@@ -276,8 +312,32 @@ class TraceWriter:
                 f"trace {self.path} cannot be written: {error}; what was recorded is kept in {self.part}"
             ) from error
 
+    def _ahead_shape(self, step: Step) -> tuple[int, ...] | None:
+        """Return the shape of a row of the step's in-token predictions, None without any."""
+        if step.ahead_ids is None:
+            if step.ahead_chances is not None or step.horizons:
+                raise TraceError(
+                    f"trace {self.path}: a step tells horizons {step.horizons} or ahead_chances, and no "
+                    "ahead_ids; expected all three or none"
+                )
+            return None
+        shape = (*step.ids.shape[:2], len(step.horizons), step.ahead_ids.shape[-1])
+        for name, array in (("ahead_ids", step.ahead_ids), ("ahead_chances", step.ahead_chances)):
+            if array is None or array.shape != shape:
+                found = "none" if array is None else f"shape {array.shape}"
+                raise TraceError(
+                    f"trace {self.path}: {name} of a step: {found}; expected shape {shape}, for horizons "
+                    f"{step.horizons}"
+                )
+        if max(self.meta["n_experts"]) - 1 > np.iinfo(np.int16).max:
+            raise TraceError(
+                f"trace {self.path}: predictions among {max(self.meta['n_experts'])} experts do not fit the "
+                "format's int16; record without prefetch: layer"
+            )
+        return shape[1:]
+
     def _layout(
-        self, ids_shape: tuple[int, ...], has_weights: bool
+        self, ids_shape: tuple[int, ...], has_weights: bool, ahead_shape: tuple[int, ...] | None
     ) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
         """Return each column's dtype and the shape of a row, in the order of the file."""
         columns: dict[str, tuple[DTypeLike, tuple[int, ...]]] = {
@@ -288,6 +348,8 @@ class TraceWriter:
         }
         if has_weights:
             columns["weights"] = (np.float16, ids_shape)
+        if ahead_shape is not None:
+            columns |= {"ahead_ids": (np.int16, ahead_shape), "ahead_chances": (np.float32, ahead_shape)}
         return {name: (np.dtype(dtype), shape) for name, (dtype, shape) in columns.items()}
 
     def _rows(self, waiting: list[_Waiting]) -> dict[str, NDArray[Any]]:
@@ -305,8 +367,9 @@ class TraceWriter:
             "token_id": np.concatenate([step.tokens for step in steps]),
             "is_decode": np.concatenate([one.decoded() for one in waiting]),
         }
-        if "weights" in self._columns:
-            rows["weights"] = np.concatenate([step.weights for step in steps if step.weights is not None])
+        for name in ("weights", "ahead_ids", "ahead_chances"):
+            if name in self._columns:
+                rows[name] = np.concatenate([getattr(step, name) for step in steps])
         return rows
 
     def _write(self, tag: bytes, payload: bytes) -> None:
@@ -537,6 +600,9 @@ def _checked(path: Path, arrays: dict[str, Any]) -> Trace:
     weights = arrays.get("weights")
     if weights is not None and weights.shape != ids.shape:
         raise fail(f"weights have shape {weights.shape}; expected {ids.shape}")
+    ahead: dict[str, Any] = {name: arrays[name] for name in ("ahead_ids", "ahead_chances") if name in arrays}
+    if (ahead or meta.get("horizons")) and (fault := _ahead_fault(ahead, meta, n_tokens, n_layers)):
+        raise fail(fault)
     return Trace(
         ids=ids,
         prompt_start=starts,
@@ -544,7 +610,53 @@ def _checked(path: Path, arrays: dict[str, Any]) -> Trace:
         token_hash=arrays.get("token_hash"),
         meta=meta,
         **columns,
+        **ahead,
     )
+
+
+def _ahead_fault(
+    ahead: Mapping[str, NDArray[Any]], meta: Mapping[str, Any], n_tokens: int, n_layers: int
+) -> str | None:
+    """Say what is wrong with recorded in-token predictions, None if nothing is."""
+    horizons = meta.get("horizons", [])
+    if (
+        not isinstance(horizons, list)
+        or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in horizons)
+        or sorted(set(horizons), reverse=True) != horizons
+    ):
+        return f"meta gives horizons {horizons!r}; expected whole numbers of layers, the farthest first"
+    shape = (n_tokens, n_layers, len(horizons))
+    for name, dtype in (("ahead_ids", np.int16), ("ahead_chances", np.float32)):
+        if name not in ahead:
+            return f"has no array {name!r}, and meta gives horizons {horizons!r}; expected both or neither"
+        array = ahead[name]
+        if array.dtype != dtype or array.ndim != 4 or array.shape[:3] != shape or not horizons:
+            return (
+                f"{name} is {array.dtype} of shape {array.shape}; expected {np.dtype(dtype)} "
+                f"({', '.join(map(str, shape))}, n_ahead), with horizons {horizons!r}"
+            )
+    if (one := ahead["ahead_ids"]).shape != (other := ahead["ahead_chances"]).shape:
+        return f"ahead_ids have shape {one.shape}, ahead_chances {other.shape}; expected the same"
+    limit = np.array(meta["n_experts"], np.int64)[:, None, None]
+    for start in range(0, n_tokens, 1024):
+        ids, chances = one[start : start + 1024], other[start : start + 1024]
+        named = ids >= 0
+        ranked = np.sort(ids, axis=3)
+        chance = np.where(named, chances, 0)
+        later, earlier = np.s_[..., 1:], np.s_[..., :-1]
+        faults = {
+            f"one that does not exist; expected -1 to {limit.max() - 1}": (ids < -1) | (ids >= limit),
+            "one after a -1; expected the -1 last": named[later] & ~named[earlier],
+            "one whose chance is no number above 0": named & ~((chances > 0) & (chances < np.inf)),
+            "a likelier one later; expected the likeliest first": chance[later] > chance[earlier],
+            "one twice; expected each once": (ranked[later] == ranked[earlier]) & (ranked[later] >= 0),
+        }
+        for fault, where in faults.items():
+            if where.any():
+                token, layer, horizon, _ = np.argwhere(where)[0].tolist()
+                at = f"token {start + token}, layer {layer}, horizon {horizons[horizon]}"
+                return f"ahead_ids names, of experts for {at}, {fault}"
+    return None
 
 
 def _per_layer(value: Any, n_layers: int) -> list[int] | None:

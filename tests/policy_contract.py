@@ -9,6 +9,7 @@ import functools
 import inspect
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -120,6 +121,26 @@ def tiny(ids: list[list[int]], steps: list[int], n_experts: int, n_slots: int) -
         prompt_start=np.zeros(1, np.int32),
         meta={"n_experts": [n_experts], "k": [k], "n_slots": [n_slots], "expert_bytes": [10]},
     )
+
+
+def with_predictions(
+    routed: Trace, horizons: tuple[int, ...] = (2, 1), n_ahead: int = 6, seed: int = 0
+) -> Trace:
+    """Return the trace with predictions for steps of one token: some right, some not, many equally likely."""
+    rng = np.random.default_rng(seed)
+    ids = np.full((routed.n_tokens, routed.n_layers, len(horizons), n_ahead), -1, np.int16)
+    chances = np.zeros(ids.shape, np.float32)
+    experts = routed.experts()
+    alone = np.bincount(routed.step)[routed.step] == 1
+    for token, layer, at in np.argwhere(np.broadcast_to(alone[:, None, None], ids.shape[:3])):
+        order = rng.permutation(routed.meta["n_experts"][layer])
+        used = np.isin(order, experts[token, layer])
+        named = order[np.argsort(~used & (rng.random(len(order)) < 0.6), kind="stable")]
+        named = named[: rng.integers(0, min(n_ahead, len(order)) + 1)]
+        ids[token, layer, at, : len(named)] = named
+        chances[token, layer, at, : len(named)] = -np.sort(-rng.integers(1, 5, len(named))) / 4
+    meta = {**routed.meta, "horizons": list(horizons)}
+    return replace(routed, ahead_ids=ids, ahead_chances=chances, meta=meta)
 
 
 def real_trace() -> Trace:

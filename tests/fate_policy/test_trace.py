@@ -6,15 +6,24 @@ import subprocess
 import sys
 import tracemalloc
 import zlib
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from policy_contract import SYNTHETIC, geometry, make_step, random_ids, real_trace, synthetic_trace
+from policy_contract import (
+    SYNTHETIC,
+    geometry,
+    make_step,
+    random_ids,
+    real_trace,
+    synthetic_trace,
+    with_predictions,
+)
 
-from fate_policy import trace
+from fate_policy import assess, trace
 from fate_policy.base import NOT_RUN, Step
 from fate_policy.errors import TraceError
 from fate_policy.trace import Trace, TraceWriter
@@ -35,6 +44,7 @@ def steps_of(routed: Trace, weights: bool = False) -> list[Step]:
                 tokens=routed.token_id[start:stop],
                 positions=routed.position[start:stop],
                 sequences=routed.sequence[start:stop],
+                **routed.ahead(start, stop),
             )
         )
     return steps
@@ -69,6 +79,137 @@ def test_any_numpy_reads_the_file(tmp_path: Path) -> None:
         assert set(file.files) == {*COLUMNS, "meta"}
         assert file["ids"].shape == (50, 3, 4)
         assert json.loads(str(file["meta"]))["n_slots"] == [4, 8, 11]
+
+
+def test_recorded_predictions_come_back(tmp_path: Path) -> None:
+    routed = with_predictions(synthetic_trace(), (2, 1))
+    assert routed.ahead_ids is not None
+    assert routed.ahead_chances is not None
+    with TraceWriter(tmp_path / "t.npz", META) as writer:
+        for step in steps_of(routed, weights=True):
+            writer.append(step)
+        writer.flush()
+        killed = trace.load(writer.part)
+    routed.save(tmp_path / "saved.npz")
+    for back in (trace.load(tmp_path / "t.npz"), killed, trace.load(tmp_path / "saved.npz")):
+        assert same(back, routed)
+        assert back.ahead_ids is not None
+        assert back.ahead_chances is not None
+        assert (back.ahead_ids.dtype, back.ahead_chances.dtype) == (np.int16, np.float32)
+        assert back.ahead_ids.tolist() == routed.ahead_ids.tolist()
+        assert back.ahead_chances.tolist() == routed.ahead_chances.tolist()
+        assert back.horizons == (2, 1)
+        assert back.meta["horizons"] == [2, 1]
+        assert back.hash() == routed.hash() != synthetic_trace().hash()
+    part = routed.slice(90, 200)
+    assert part.ahead_ids is not None
+    assert part.ahead_ids.tolist() == routed.ahead_ids[90:200].tolist()
+    told = part.ahead(3, 5)
+    assert told["ahead_ids"].dtype == np.int32
+    assert told["ahead_ids"].tolist() == routed.ahead_ids[93:95].tolist()
+    assert told["ahead_chances"].tolist() == routed.ahead_chances[93:95].tolist()
+
+
+def test_the_hash_tells_predictions_apart() -> None:
+    routed = with_predictions(synthetic_trace(60))
+    assert routed.ahead_chances is not None
+    other = routed.ahead_chances.copy()
+    other[other > 0] /= 2
+    hashes = {
+        trace_.hash()
+        for trace_ in (
+            synthetic_trace(60),
+            routed,
+            replace(routed, ahead_chances=other),
+            replace(routed, meta={**routed.meta, "horizons": [3, 1]}),
+            with_predictions(synthetic_trace(60), seed=1),
+        )
+    }
+    assert len(hashes) == 5
+
+
+def test_without_predictions_a_trace_says_nothing_of_them(tmp_path: Path) -> None:
+    routed = synthetic_trace(50)
+    with TraceWriter(tmp_path / "t.npz", META) as writer:
+        for step in steps_of(routed):
+            assert (step.ahead_ids, step.ahead_chances, step.horizons) == (None, None, ())
+            writer.append(step)
+    routed.save(tmp_path / "saved.npz")
+    for name in ("t.npz", "saved.npz"):
+        with np.load(tmp_path / name) as file:
+            assert set(file.files) == {*COLUMNS, "meta"}
+            assert "horizons" not in json.loads(str(file["meta"]))
+        back = trace.load(tmp_path / name)
+        assert (back.ahead_ids, back.ahead_chances, back.horizons) == (None, None, ())
+        assert back.ahead(0, 50) == {}
+
+
+def test_only_rows_that_are_taken_keep_their_predictions() -> None:
+    routed = with_predictions(synthetic_trace(60))
+    taken = assess.decode_only(routed)
+    assert taken.ahead_ids is not None
+    assert routed.ahead_ids is not None
+    assert taken.n_tokens == routed.is_decode.sum() < 60
+    assert taken.ahead_ids.tolist() == routed.ahead_ids[routed.is_decode].tolist()
+
+
+def ahead_step(**changed: Any) -> Step:
+    told = {
+        "ahead_ids": np.full((1, 3, 2, 5), -1, np.int32),
+        "ahead_chances": np.zeros((1, 3, 2, 5), np.float32),
+        "horizons": (2, 1),
+    }
+    return make_step(random_ids(1, SYNTHETIC, 1), **{**told, **changed})
+
+
+@pytest.mark.parametrize(
+    ("changed", "fault"),
+    [
+        ({"ahead_ids": None}, r"a step tells horizons \(2, 1\) or ahead_chances, and no ahead_ids; expected"),
+        ({"ahead_chances": None}, r"ahead_chances of a step: none; expected shape \(1, 3, 2, 5\)"),
+        ({"horizons": (1,)}, r"ahead_ids of a step: shape \(1, 3, 2, 5\); expected shape \(1, 3, 1, 5\)"),
+        (
+            {"ahead_chances": np.zeros((1, 3, 2, 4), np.float32)},
+            r"ahead_chances of a step: shape \(1, 3, 2, 4\); expected shape \(1, 3, 2, 5\), for horizons \(2",
+        ),
+    ],
+)
+def test_a_steps_predictions_must_fit_together(tmp_path: Path, changed: dict[str, Any], fault: str) -> None:
+    with (
+        TraceWriter(tmp_path / "t.npz", META) as writer,
+        pytest.raises(TraceError, match=fault),
+    ):
+        writer.append(ahead_step(**changed))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"horizons": (3, 1)},
+        {"ahead_ids": None, "ahead_chances": None, "horizons": ()},
+        {
+            "ahead_ids": np.full((1, 3, 2, 4), -1, np.int32),
+            "ahead_chances": np.zeros((1, 3, 2, 4), np.float32),
+        },
+    ],
+)
+def test_steps_must_agree_on_predictions(tmp_path: Path, other: dict[str, Any]) -> None:
+    with TraceWriter(tmp_path / "t.npz", META) as writer:
+        writer.append(ahead_step())
+        with pytest.raises(TraceError, match=r"a step holds .*; record them apart"):
+            writer.append(ahead_step(**other))
+    assert trace.load(tmp_path / "t.npz").n_tokens == 1
+
+
+def test_predictions_among_too_many_experts_are_refused(tmp_path: Path) -> None:
+    shape = geometry([40000], [1], [8])
+    told = {"ahead_ids": np.full((1, 1, 1, 1), 39999, np.int32), "horizons": (1,)}
+    step = make_step(np.zeros((1, 1, 1), np.int32), ahead_chances=np.ones((1, 1, 1, 1), np.float32), **told)
+    with (
+        TraceWriter(tmp_path / "t.npz", trace.geometry_meta(shape)) as writer,
+        pytest.raises(TraceError, match="predictions among 40000 experts do not fit the format's int16"),
+    ):
+        writer.append(step)
 
 
 def test_saved_in_one_go_comes_back(tmp_path: Path) -> None:
@@ -293,6 +434,72 @@ def test_files_that_are_not_traces(tmp_path: Path, arrays: dict[str, Any], fault
         trace.load(tmp_path / "t.npz")
 
 
+AHEAD_IDS = np.full((5, 2, 2, 3), -1, np.int16)
+AHEAD_IDS[2, 1, 0] = 5, 4, -1
+AHEAD_CHANCES = np.zeros(AHEAD_IDS.shape, np.float32)
+AHEAD_CHANCES[2, 1, 0] = 0.5, 0.25, 0
+AHEAD = {
+    **PLAIN,
+    "ahead_ids": AHEAD_IDS,
+    "ahead_chances": AHEAD_CHANCES,
+    "meta": '{"n_experts": 8, "k": 1, "horizons": [2, 1]}',
+}
+
+
+def ahead_row(ids: list[int], chances: list[float]) -> dict[str, Any]:
+    changed = {"ahead_ids": AHEAD_IDS.copy(), "ahead_chances": AHEAD_CHANCES.copy()}
+    changed["ahead_ids"][2, 1, 0], changed["ahead_chances"][2, 1, 0] = ids, chances
+    return changed
+
+
+def meta_with(horizons: str) -> dict[str, Any]:
+    return {"meta": f'{{"n_experts": 8, "k": 1, "horizons": {horizons}}}'}
+
+
+@pytest.mark.parametrize(
+    ("changed", "fault"),
+    [
+        (ahead_row([5, 4, 3], [0.5, 0.5, 0.1]), None),
+        (ahead_row([7, -1, -1], [2.0, 0, 0]), None),
+        ({"ahead_ids": None}, r"has no array 'ahead_ids', and meta gives horizons \[2, 1\]"),
+        ({"ahead_chances": None}, "has no array 'ahead_chances', and meta gives"),
+        ({"ahead_ids": None, "ahead_chances": None}, "has no array 'ahead_ids', and meta gives"),
+        ({"meta": PLAIN["meta"]}, r"ahead_ids is int16 of shape \(5, 2, 2, 3\).*with horizons \[\]"),
+        (meta_with("[1]"), r"expected int16 \(5, 2, 1, n_ahead\), with horizons \[1\]"),
+        (
+            meta_with("[1, 2]"),
+            r"meta gives horizons \[1, 2\]; expected whole numbers of layers, the farthest",
+        ),
+        (meta_with("[1, 1]"), r"meta gives horizons \[1, 1\]"),
+        (meta_with("[2, 0]"), r"meta gives horizons \[2, 0\]"),
+        (meta_with("[2, true]"), r"meta gives horizons \[2, True\]"),
+        (meta_with('"2"'), "meta gives horizons '2'"),
+        ({"ahead_ids": AHEAD_IDS.astype(np.int64)}, "ahead_ids is int64"),
+        ({"ahead_ids": AHEAD_IDS[:4]}, r"expected int16 \(5, 2, 2, n_ahead\)"),
+        ({"ahead_chances": AHEAD_CHANCES[..., 0]}, r"ahead_chances is float32 of shape \(5, 2, 2\)"),
+        ({"ahead_chances": AHEAD_CHANCES[..., :2]}, r"ahead_chances \(5, 2, 2, 2\); expected the same"),
+        (ahead_row([8, 4, -1], [0.5, 0.25, 0]), "token 2, layer 1, horizon 2, one that does not exist; .* 7"),
+        (ahead_row([-2, -1, -1], [0, 0, 0]), "one that does not exist; expected -1 to 7"),
+        (ahead_row([5, -1, 4], [0.5, 0, 0.25]), "one after a -1; expected the -1 last"),
+        (ahead_row([5, 4, -1], [0.5, 0, 0]), "one whose chance is no number above 0"),
+        (ahead_row([5, 4, -1], [np.nan, 0.1, 0]), "one whose chance is no number above 0"),
+        (ahead_row([5, 4, -1], [np.inf, 0.1, 0]), "one whose chance is no number above 0"),
+        (ahead_row([5, 4, -1], [0.2, 0.3, 0]), "a likelier one later; expected the likeliest first"),
+        (ahead_row([5, 4, 5], [0.5, 0.4, 0.3]), "one twice; expected each once"),
+    ],
+)
+def test_predictions_that_do_not_fit_are_refused(
+    tmp_path: Path, changed: dict[str, Any], fault: str | None
+) -> None:
+    arrays = {name: array for name, array in {**AHEAD, **changed}.items() if array is not None}
+    np.savez(tmp_path / "t.npz", **arrays)
+    if fault is None:
+        assert trace.load(tmp_path / "t.npz").horizons == (2, 1)
+        return
+    with pytest.raises(TraceError, match=fault):
+        trace.load(tmp_path / "t.npz")
+
+
 def test_files_that_are_nothing(tmp_path: Path) -> None:
     path = tmp_path / "t.npz"
     with pytest.raises(TraceError, match="does not exist"):
@@ -331,8 +538,6 @@ def test_slice_and_hash() -> None:
 
 
 def test_hash_does_not_depend_on_the_dtype() -> None:
-    from dataclasses import replace
-
     routed = synthetic_trace(50)
     wide = np.where(routed.ids == 255, np.uint16(65535), routed.ids)
     assert replace(routed, ids=wide).hash() == routed.hash()
