@@ -115,7 +115,7 @@ def compare(
     sync, refresh_tokens
         When scores come into force, as in a configuration. LRU and the optimum have none.
     prefetch
-        What comes in before its token, as `fate_policy.replay` does it; rows then tell `prefetched_per_token`
+        What comes in before its layer, as `fate_policy.replay` does it; rows then tell `prefetched_per_token`
         and `useful`, the share of these that were used.
     n_jobs
         Workers, as joblib takes them. None: one, or those of a `joblib.parallel_config` around the call,
@@ -396,6 +396,7 @@ def _step(
         hits=hits,
         fills=np.argwhere(after & ~before).astype(np.int32),
         evictions=np.argwhere(before & ~after).astype(np.int32),
+        **trace.ahead(start, stop),
     )
 
 

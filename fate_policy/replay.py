@@ -44,8 +44,8 @@ def replay(
     sync
         True: scores act from the next step on, as with `sync: true`; False: one step later.
     prefetch
-        What comes in before its token, as with `prefetch: token` and `sync: true`, table mode only; without
-        sync it depends on time, and cannot be replayed.
+        What comes in before its layer, as with `prefetch` and `sync: true`, table mode only; without sync it
+        depends on time, and cannot be replayed. What routers told of the layers ahead is in the trace.
     """
     if isinstance(policy, str):
         policy = registry.get(policy)()
@@ -60,11 +60,13 @@ def replay(
             f"prefetch: can be replayed in table mode with sync, and not in {mode} mode "
             f"{'with' if sync else 'without'} it; leave one of them out"
         )
-    driver = Driver(
-        policy, geometry, mode, refresh_tokens, sync=sync, replay=True, prefetch=prefetch is not None
-    )
+    asks_policy = prefetch is not None and prefetch.asks_policy
+    driver = Driver(policy, geometry, mode, refresh_tokens, sync=sync, replay=True, prefetch=asks_policy)
     run = _Replay(geometry, driver, prefetch)
-    is_whole = ((path != NOT_RUN) | (path == NOT_RUN).all(axis=0)).all(axis=1)
+    never_runs = (path == NOT_RUN).all(axis=0)
+    is_whole = ((path != NOT_RUN) | never_runs).all(axis=1)
+    if prefetch is not None and prefetch.looks_ahead:
+        _check_ahead(trace, never_runs, is_whole, prefetch.kind)
     behind: Step | None = None
     for start, stop in pairwise(trace.step_bounds().tolist()):
         if driver.acts_late:
@@ -78,11 +80,28 @@ def replay(
             driver.expect(*coming(trace, start, stop))
             run.publish()
             if is_whole[start:stop].all():  # as the engine: not where the last layer does not run
-                run.prefetch(trace.tokens[start:stop])
+                run.prefetch(trace, start, stop)
             driver.observe(run.step(trace, start, stop, path[start:stop]))
     if behind is not None:
         driver.observe(behind)
     return run.counters
+
+
+def _check_ahead(trace: Trace, never_runs: NDArray[np.bool_], is_whole: NDArray[np.bool_], kind: str) -> None:
+    """Raise `TraceError` if the trace does not hold what the routers told of the layers ahead."""
+    if trace.ahead_ids is None:
+        raise TraceError(
+            f"prefetch: {kind} brings in what routers told of the layers ahead, and the trace holds none of "
+            "that; record it with --fate-prefetch layer, or replay prefetch: token"
+        )
+    bounds = trace.step_bounds()
+    is_alone = np.diff(bounds) == 1
+    if never_runs.any() and not never_runs.all() and is_whole[bounds[:-1][is_alone]].any():
+        raise TraceError(
+            f"prefetch: {kind} is replayed where all layers run, and layer {int(np.argmax(never_runs))} of "
+            "the trace never does: what it would have told is missing; record tokens whose output is wanted, "
+            "with slots in every layer, or replay prefetch: token"
+        )
 
 
 def coming(trace: Trace, start: int, stop: int) -> tuple[NDArray[np.int32], ...]:
@@ -154,21 +173,38 @@ class _Replay:
         for layer, table in enumerate(self.tables):
             table.publish(scores[layer, : len(table.slot_of)], bonus[layer], published_at[layer])
 
-    def prefetch(self, tokens: NDArray[np.int32]) -> None:
-        """Bring in what the policy predicts for the step about to run."""
-        if self._prefetch is None:
+    def prefetch(self, trace: Trace, start: int, stop: int) -> None:
+        """Bring in what the policy, then the routers of earlier layers predict for the step about to run.
+
+        A layer's slots are moved by its own plans and op alone, so that its plans can be made at once.
+        """
+        if self._prefetch is None or stop - start != 1:
             return
-        self._chances[:] = 0
-        if not self.driver.predict(tokens, self._chances):
-            return
-        for layer, (table, most) in enumerate(zip(self.tables, self._rooms, strict=True)):
-            chance = self._chances[layer, : len(table.slot_of)]
-            come, go = plan(table, chance, self._prefetch.threshold, most)
-            table.place(come, go)
-            self._move(layer, come, go)
-            self.counters.prefetches[layer] += len(come)
-            self._waiting[layer, come] = True
-            self._ahead[layer] = come
+        if self._prefetch.asks_policy:
+            self._chances[:] = 0
+            if self.driver.predict(trace.tokens[start:stop], self._chances):
+                for layer, chances in enumerate(self._chances):
+                    self._bring_ahead(layer, chances)
+        if self._prefetch.looks_ahead and trace.ahead_ids is not None and trace.ahead_chances is not None:
+            told = zip(trace.ahead_ids[start], trace.ahead_chances[start], strict=True)
+            for layer, by_horizon in enumerate(told):
+                for horizon, ids, found in zip(trace.horizons, *by_horizon, strict=True):
+                    if horizon <= layer:  # else there is no layer so far before it
+                        chances = np.zeros(self._chances.shape[1], np.float32)
+                        chances[ids[ids >= 0]] = found[ids >= 0]
+                        self._bring_ahead(layer, chances)
+
+    def _bring_ahead(self, layer: int, chances: NDArray[np.float32]) -> None:
+        """Bring in by one plan, after those made for the step before."""
+        assert self._prefetch is not None
+        table, before = self.tables[layer], self._ahead[layer]
+        chance = chances[: len(table.slot_of)]
+        come, go = plan(table, chance, self._prefetch.threshold, self._rooms[layer] - len(before), before)
+        table.place(come, go)
+        self._move(layer, come, go)
+        self.counters.prefetches[layer] += len(come)
+        self._waiting[layer, come] = True
+        self._ahead[layer] = np.concatenate((before, come))
 
     def step(self, trace: Trace, start: int, stop: int, path: NDArray[np.uint8]) -> Step:
         ids = trace.experts(start, stop)
@@ -221,6 +257,7 @@ class _Replay:
             hits=hits.view(np.uint8),
             fills=np.array(fills, np.int32).reshape(-1, 2),
             evictions=np.array(evictions, np.int32).reshape(-1, 2),
+            **trace.ahead(start, stop),
         )
 
     def _bring(self, layer: int, uses: NDArray[np.int32], kept: NDArray[np.int32]) -> NDArray[np.bool_]:

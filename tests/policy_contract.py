@@ -123,6 +123,22 @@ def tiny(ids: list[list[int]], steps: list[int], n_experts: int, n_slots: int) -
     )
 
 
+def decoded_trace(ids: NDArray[np.int32], shape: Geometry, sizes: list[int] | None = None) -> Trace:
+    """Return generated tokens in steps of these sizes, by default one a token, all on the pool path."""
+    n = len(ids)
+    return Trace(
+        ids=np.where(ids < 0, 255, ids).astype(np.uint8),
+        path=np.where((ids >= 0).any(axis=2), POOL, NOT_RUN).astype(np.uint8),
+        step=np.repeat(np.arange(len(sizes or ids)), sizes or 1).astype(np.int32),
+        sequence=np.zeros(n, np.int32),
+        position=np.arange(n, dtype=np.int32),
+        token_id=np.arange(n, dtype=np.int32),
+        is_decode=np.ones(n, np.bool_),
+        prompt_start=np.zeros(1, np.int32),
+        meta={"model": "synthetic", **trace.geometry_meta(shape)},
+    )
+
+
 def with_predictions(
     routed: Trace, horizons: tuple[int, ...] = (2, 1), n_ahead: int = 6, seed: int = 0
 ) -> Trace:

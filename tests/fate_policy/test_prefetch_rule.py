@@ -22,9 +22,10 @@ def filled(n_experts: int, n_slots: int, resident: list[int]) -> LayerTable:
 
 
 def one_by_one(
-    table: LayerTable, chance: NDArray[np.float32], threshold: float, most: int
+    table: LayerTable, chance: NDArray[np.float32], threshold: float, most: int, kept: list[int] | None = None
 ) -> tuple[list[int], list[int]]:
     """Return the plan as the header makes it: the likeliest absent expert, then its slot, again and again."""
+    staying = kept or []
     come: list[int] = []
     go: list[int] = []
     limit = np.float32(threshold)
@@ -33,7 +34,11 @@ def one_by_one(
         absent = [
             e for e in range(len(chance)) if table.slot_of[e] < 0 and e not in come and chance[e] >= limit
         ]
-        leaving = [e for e in table.expert_of[: table.n_resident] if e not in go and chance[e] < limit]
+        leaving = [
+            e
+            for e in table.expert_of[: table.n_resident]
+            if e not in go and e not in staying and chance[e] < limit
+        ]
         if not absent or (len(come) >= n_free and not leaving):
             break
         if len(come) >= n_free:
@@ -53,6 +58,18 @@ def test_the_likeliest_come_into_free_slots_then_into_those_of_victims() -> None
     assert (come.tolist(), go.tolist()) == ([4], [])
 
 
+def test_what_an_earlier_plan_brought_in_stays_whatever_its_chance() -> None:
+    table = filled(8, 4, [0, 1, 2, 3])
+    come, go = prefetch_rule.plan(table, np.array([0, 0, 0, 0, 0.9, 0.8, 0, 0], np.float32), 0.5, 3)
+    assert (come.tolist(), go.tolist()) == ([4, 5], [0, 1])
+    table.place(come, go)
+    chance = np.array([0.6, 0, 0.9, 0, 0, 0.1, 0.7, 0.8], np.float32)
+    assert [part.tolist() for part in prefetch_rule.plan(table, chance, 0.5, 3)] == [[7, 6, 0], [4, 5, 3]]
+    # 4 and 5 came for this token, 2 is likely: 3 alone may go
+    assert [part.tolist() for part in prefetch_rule.plan(table, chance, 0.5, 3, come)] == [[7], [3]]
+    assert [part.tolist() for part in prefetch_rule.plan(table, chance, 0.5, 0, come)] == [[], []]
+
+
 def test_no_more_come_than_there_are_slots_for() -> None:
     table = filled(6, 2, [0, 1])
     come, go = prefetch_rule.plan(table, np.array([0, 1, 1, 1, 1, 1], np.float32), 0.5, 4)
@@ -70,7 +87,7 @@ def test_chances_are_compared_in_single_precision() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_random_tables_agree_with_one_choice_after_another(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    n_moved = 0
+    n_moved = n_stayed = 0
     for _ in range(200):
         n_experts = int(rng.integers(2, 24))
         n_slots = int(rng.integers(1, n_experts + 1))
@@ -86,7 +103,14 @@ def test_random_tables_agree_with_one_choice_after_another(seed: int) -> None:
         come, go = prefetch_rule.plan(table, chance, threshold, most)
         assert (come.tolist(), go.tolist()) == one_by_one(table, chance, threshold, most)
         n_moved += len(go)
+        table.place(come, go)
+        other = (rng.integers(0, 5, n_experts) / 4).astype(np.float32)
+        again = prefetch_rule.plan(table, other, threshold, most - len(come), come)
+        expected = one_by_one(table, other, threshold, most - len(come), come.tolist())
+        assert (again[0].tolist(), again[1].tolist()) == expected
+        n_stayed += expected != one_by_one(table, other, threshold, most - len(come))
     assert n_moved > 30
+    assert n_stayed > 5
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,26 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from policy_contract import SYNTHETIC, golden, real_trace, synthetic_trace, tiny
+from policy_contract import (
+    SYNTHETIC,
+    decoded_trace,
+    geometry,
+    golden,
+    random_ids,
+    real_trace,
+    synthetic_trace,
+    tiny,
+    with_predictions,
+)
 
 from fate_policy import trace
-from fate_policy.base import POOL, STAGED, History, Policy, Step
+from fate_policy.base import NOT_RUN, POOL, STAGED, Geometry, History, Policy, Step
 from fate_policy.errors import PolicyConfigError, TraceError
 from fate_policy.frequency import Frequency
 from fate_policy.kernels import Routing, simulate_scores
 from fate_policy.prefetch_rule import Prefetch
 from fate_policy.replay import geometry_of, replay
+from fate_policy.trace import Trace
 
 
 class Spy(Policy):
@@ -292,3 +303,236 @@ def test_prefetch_is_replayed_only_where_time_does_not_count(mode: str, sync: bo
         replay(synthetic_trace(), "lru", prefetch=Prefetch())
     with pytest.raises(PolicyConfigError, match=r"^prefetch_experts: 17 is not allowed; expected a whole"):
         Prefetch(experts=17)
+
+
+Predictions = list[tuple[int, int, int, list[int], list[float]]]
+
+
+def telling(routed: Trace, told: Predictions, horizons: tuple[int, ...] = (2, 1)) -> Trace:
+    """Return the trace with predictions (token, layer, horizon, experts, chances)."""
+    ids = np.full((routed.n_tokens, routed.n_layers, len(horizons), 4), -1, np.int16)
+    chances = np.zeros(ids.shape, np.float32)
+    for token, layer, horizon, experts, likely in told:
+        at = token, layer, horizons.index(horizon), slice(len(experts))
+        ids[at], chances[at] = experts, likely
+    meta = {**routed.meta, "horizons": list(horizons)}
+    return replace(routed, ahead_ids=ids, ahead_chances=chances, meta=meta)
+
+
+def test_a_hand_counted_prefetch_of_layers_ahead() -> None:
+    """3 layers of 2 slots, one expert a token, room for one: the farthest layer that tells comes first."""
+    shape = geometry([8] * 3, [1] * 3, [2] * 3)
+    ids = np.repeat(np.arange(3, dtype=np.int32)[:, None, None], 3, axis=1)
+    told: Predictions = [
+        (0, 0, 1, [5], [1]),  # of the first layers nobody tells so early: these come to nothing
+        (0, 1, 2, [5], [1]),
+        (0, 1, 1, [3], [0.9]),
+        (0, 2, 2, [4], [0.9]),
+        (0, 2, 1, [0], [0.9]),  # no room is left
+        (1, 1, 1, [1], [0.9]),  # for 3, which was never used
+        (1, 2, 2, [0], [0.9]),  # is there
+        (1, 2, 1, [1, 0], [0.6, 0.4]),  # for 4, which was never used
+        (2, 1, 1, [0], [0.9]),  # is there, and goes for 2 all the same
+        (2, 2, 2, [3], [0.9]),  # for 0
+        (2, 2, 1, [2], [0.9]),  # no room is left; 2 then takes the slot of 1, which was used after 3
+    ]
+    counters = replay(telling(decoded_trace(ids, shape), told), "lru", prefetch=Prefetch(0.5, 8, "layer"))
+    by_layer = {
+        "hits": [0, 1, 1],
+        "misses": [3, 2, 2],
+        "fills": [3, 4, 5],
+        "evictions": [1, 2, 3],
+        "prefetches": [0, 2, 3],
+        "prefetch_useful": [0, 1, 1],
+        "prefetch_wasted": [0, 1, 1],
+    }
+    assert {name: getattr(counters, name).tolist() for name in by_layer} == by_layer
+
+
+def test_what_one_plan_drops_a_later_one_brings_back() -> None:
+    """Both moves count; for the policy nothing has happened."""
+
+    class Moved(Spy):
+        def drop(self, layer: int, experts: NDArray[np.int32]) -> None:
+            self.moved.append((layer, experts.tolist()))
+
+        admit = drop
+        moved: list[tuple[int, list[int]]]
+
+    shape = geometry([8] * 3, [1] * 3, [3] * 3)
+    ids = np.array([[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 0, 0]], np.int32)[:, :, None]
+    told: Predictions = [(3, 2, 2, [5], [0.9]), (3, 2, 1, [0], [0.5])]
+    policy = Moved()
+    policy.moved = []
+    routed = telling(decoded_trace(ids, shape), told)
+    counters = replay(routed, policy, prefetch=Prefetch(0.5, 8, "layer"))
+    assert policy.steps[-1].evictions.tolist() == [[2, 0], [2, 1]]
+    assert policy.steps[-1].fills.tolist() == [[2, 5], [2, 0]]
+    assert policy.moved[-2:] == [(2, [1]), (2, [5])]
+    assert (counters.hits[2], counters.prefetches[2], counters.prefetch_useful[2]) == (1, 2, 1)
+
+
+class Repeating(Policy):
+    """Predict what the token before used, and one expert more; score by a rule of thumb, or not at all."""
+
+    def __init__(self, is_scored: bool) -> None:
+        self._is_scored = is_scored
+
+    def start(self, geometry: Geometry) -> None:
+        self._shape = geometry.n_layers, geometry.max_experts
+
+    def predict(self, step: Step, token_id: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        chance = np.zeros(self._shape, np.float32)
+        for layer, expert, likely in repeated(step.ids[-1].tolist()):
+            chance[layer, expert] = likely
+        ranked = np.argsort(-chance, axis=1, kind="stable").astype(np.int32)
+        return ranked, np.take_along_axis(chance, ranked, axis=1)
+
+    def scores(self, history: History) -> NDArray[np.float32] | None:
+        if not self._is_scored:
+            return None
+        layer, expert = np.indices(self._shape)
+        return thumb(layer, expert, history.tokens_seen).astype(np.float32)
+
+
+def repeated(rows: list[list[int]]) -> list[tuple[int, int, float]]:
+    extra = [(layer, 7, 0.5) for layer, row in enumerate(rows) if 7 not in row]
+    return extra + [
+        (layer, e, 0.75 - 0.25 * (e % 3)) for layer, row in enumerate(rows) for e in row if e >= 0
+    ]
+
+
+def thumb(layer: Any, expert: Any, n_tokens: int) -> Any:
+    return (expert * 7 + layer + n_tokens) % 5
+
+
+def by_hand(routed: Trace, n_slots: int, prefetch: Prefetch, is_scored: bool) -> dict[str, list[int]]:
+    """Count what the words of the documentation say, expert by expert, for `Repeating`."""
+    names = ("hits", "misses", "fills", "evictions", "prefetches", "prefetch_useful", "prefetch_wasted")
+    counts = {name: [0] * routed.n_layers for name in names}
+    k = routed.meta["k"][0]
+    asks, looks = prefetch.kind != "layer", prefetch.kind != "token"
+    resident: list[list[int]] = [[] for _ in range(routed.n_layers)]
+    waiting: list[set[int]] = [set() for _ in range(routed.n_layers)]
+    used: list[dict[int, int]] = [{} for _ in range(routed.n_layers)]
+    clock = [0] * routed.n_layers
+    rows = routed.experts().tolist()
+    assert routed.ahead_ids is not None
+    assert routed.ahead_chances is not None
+
+    def bring(layer: int, expert: int, stays: set[int], n_seen: int) -> bool:
+        """Make room for one and put it there; False: nobody may go."""
+        here = resident[layer]
+        if len(here) == n_slots:
+            worth = {e: thumb(layer, e, n_seen) if is_scored and n_seen else 0 for e in here}
+            order = sorted(set(here) - stays, key=lambda e: (worth[e], used[layer].get(e, 0), e))
+            if not order:
+                return False
+            here.remove(order[0])
+            counts["evictions"][layer] += 1
+            counts["prefetch_wasted"][layer] += order[0] in waiting[layer]
+            waiting[layer].discard(order[0])
+        here.append(expert)
+        counts["fills"][layer] += 1
+        return True
+
+    n_seen = 0
+    for number in range(int(routed.step[-1]) + 1):
+        tokens = np.flatnonzero(routed.step == number).tolist()
+        alone = len(tokens) == 1 and min(min(row) for row in rows[tokens[0]]) >= 0
+        for layer in range(routed.n_layers):
+            plans: list[dict[int, float]] = []
+            if alone and asks and n_seen:
+                before = repeated(rows[tokens[0] - 1])
+                plans.append({e: likely for at, e, likely in before if at == layer})
+            for at, horizon in enumerate(routed.horizons if alone and looks else ()):
+                if layer - horizon >= 0:
+                    named = routed.ahead_ids[tokens[0], layer, at].tolist()
+                    likely = routed.ahead_chances[tokens[0], layer, at].tolist()
+                    plans.append({e: chance for e, chance in zip(named, likely, strict=True) if e >= 0})
+            came: set[int] = set()
+            for plan in plans:
+                worthy = {e for e, chance in plan.items() if chance >= prefetch.threshold}
+                for expert in sorted(worthy - set(resident[layer]), key=lambda e: (-plan[e], e)):
+                    if len(came) == min(prefetch.experts, n_slots - k):
+                        break
+                    if not bring(layer, expert, worthy | came, n_seen):
+                        break
+                    came.add(expert)
+                    waiting[layer].add(expert)
+                    counts["prefetches"][layer] += 1
+            uses = [e for token in tokens for e in reversed(rows[token][layer]) if e >= 0]
+            for expert in uses:
+                if expert in resident[layer]:
+                    counts["hits"][layer] += 1
+                    counts["prefetch_useful"][layer] += expert in waiting[layer]
+                    waiting[layer].discard(expert)
+                else:
+                    counts["misses"][layer] += 1
+                    assert bring(layer, expert, set(uses) | came, n_seen)
+            for expert in uses:
+                clock[layer] += 1
+                used[layer][expert] = clock[layer]
+        n_seen += len(tokens)
+    return counts
+
+
+@pytest.mark.parametrize("is_scored", [False, True])
+@pytest.mark.parametrize("horizons", [(1,), (2, 1), (4, 2, 1), (8, 3)])
+@pytest.mark.parametrize("slots", [2, 3, 6])
+def test_prefetch_counts_as_told_by_hand(slots: int, horizons: tuple[int, ...], is_scored: bool) -> None:
+    """Steps of one token, of one whose last layer does not run, of several that fit; many equal chances."""
+    shape = geometry([12] * 5, [2] * 5, [slots] * 5)
+    ids = random_ids(80, shape, 4)
+    ids[30:36, -1] = -1
+    sizes = [1] * 40 + ([3] * 5 if slots == 6 else [1] * 15) + [1] * 25
+    routed = with_predictions(decoded_trace(ids, shape, sizes), horizons)
+    for most in (1, 2, 16):
+        counted = []
+        for kind in ("token", "layer", "both"):
+            prefetch = Prefetch(0.5, most, kind)
+            expected = by_hand(routed, slots, prefetch, is_scored)
+            got = replay(routed, Repeating(is_scored), prefetch=prefetch)
+            assert {name: getattr(got, name).tolist() for name in expected} == expected
+            counted.append(expected)
+        token, layer, both = counted
+        has_room = [slots > 2 and n >= min(horizons) for n in range(5)]
+        assert [n > 0 for n in layer["prefetches"]] == has_room
+        assert [n > 0 for n in token["prefetches"]] == [slots > 2] * 5
+        assert [both["fills"][n] != token["fills"][n] for n in range(5)] == has_room
+
+
+def test_layers_ahead_need_no_policy_that_predicts(tmp_path: Path) -> None:
+    """And what a recording of such a replay holds replays alike."""
+    spy = Spy()
+    routed = with_predictions(synthetic_trace())
+    prefetch = Prefetch(0.5, 8, "layer")
+    counters = replay(routed, spy, prefetch=prefetch)
+    assert counters == replay(routed, "lru", prefetch=prefetch) != replay(routed, "lru")
+    with trace.TraceWriter(tmp_path / "t.npz", trace.geometry_meta(SYNTHETIC)) as writer:
+        for step in spy.steps:
+            writer.append(step)
+    again = trace.load(tmp_path / "t.npz")
+    assert again.hash() == routed.hash()
+    assert replay(again, "lru", prefetch=prefetch) == counters
+    with pytest.raises(PolicyConfigError, match=r"^prefetch: policy lru has no predict\(\)"):
+        replay(routed, "lru", prefetch=Prefetch(kind="both"))
+
+
+def test_a_trace_must_tell_of_the_layers_ahead() -> None:
+    for kind in ("layer", "both"):
+        fault = f"^prefetch: {kind} brings in what routers told .*; record it with --fate-prefetch layer, or"
+        with pytest.raises(TraceError, match=fault):
+            replay(synthetic_trace(), Repeating(False), prefetch=Prefetch(kind=kind))
+
+
+def test_layers_that_never_run_tell_nothing() -> None:
+    routed = with_predictions(synthetic_trace(60))
+    path = routed.path.copy()
+    path[:, 1] = NOT_RUN
+    missing = replace(routed, path=path)
+    with pytest.raises(
+        TraceError, match=r"all layers run, and layer 1 of the trace never does: .*; record tok"
+    ):
+        replay(missing, "lru", prefetch=Prefetch(kind="layer"))
+    assert replay(missing.slice(0, 20), "lru", prefetch=Prefetch(kind="layer")).prefetches.sum() == 0
