@@ -97,7 +97,7 @@ class Engine:
                         config.mode,
                         config.refresh_tokens,
                         sync=config.sync,
-                        prefetch=self.host.prefetches,
+                        prefetch=self.host.asks_policy,
                     )
                 else:
                     self.driver.reset()

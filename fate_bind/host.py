@@ -67,7 +67,8 @@ class Host:
         first = make_policy(config) if policy is None else policy
         check_mode(first, config.mode)
         self.prefetches = config.prefetches and config.mode == "table"
-        if self.prefetches:
+        self.asks_policy = config.asks_policy and self.prefetches
+        if self.asks_policy:
             check_prefetch(first)
         self._first: Policy | None = first
         self.is_silent = (
@@ -75,7 +76,7 @@ class Host:
             and not self.prefetches
             and not any(overrides(first, name) for name in _EVENTS_AND_QUESTIONS)
         )
-        self._expects = overrides(first, "expect") or self.prefetches
+        self._expects = overrides(first, "expect") or self.asks_policy
         self._weighs = record is not None or first.wants_weights
         self._is_configured = False
         callbacks.install(library.load())
@@ -93,7 +94,7 @@ class Host:
         config.sync = self.config.sync or self.is_silent
         config.scores = not self.is_silent
         config.expects = self._expects
-        config.prefetch = self.prefetches
+        config.prefetch = self.asks_policy
         config.prefetch_experts = self.config.prefetch_experts
         config.prefetch_threshold = self.config.prefetch_threshold
         config.record = self.record is not None

@@ -106,7 +106,8 @@ def _replay_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefetch",
         choices=PREFETCHES,
         default="off",
-        help="bring in what the policy predicts before its token, as a run with sync does (default: off)",
+        help="bring in before its layer, as a run with sync does, what the policy predicts (token), what the "
+        "routers of earlier layers told while the trace was recorded (layer), or both (default: off)",
     )
     parser.add_argument(
         "--prefetch-threshold",
@@ -150,7 +151,8 @@ def _replay(args: argparse.Namespace) -> int:
         raise FateError("--jobs 0: expected a number of workers, or -1 for all cores")
     if args.plot is not None:
         checks.target("plot", args.plot)
-    prefetch = Prefetch(args.prefetch_threshold, args.prefetch_experts)
+    kind = Prefetch.kind if args.prefetch == "off" else args.prefetch
+    prefetch = Prefetch(args.prefetch_threshold, args.prefetch_experts, kind)
     common: dict[str, Any] = {
         "pool": args.pool,
         "cold": args.cold,

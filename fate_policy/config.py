@@ -20,7 +20,7 @@ from fate_policy.errors import PolicyConfigError
 from fate_policy.prefetch_rule import Prefetch
 
 MODES = ("table", "callback", "off")
-PREFETCHES = ("off", "token")
+PREFETCHES = ("off", *prefetch_rule.KINDS)
 
 _MAX_COUNT = 2**31 - 1  # the engine's int32
 _MAX_BYTES = 2**59
@@ -186,6 +186,16 @@ class Config:
     @property
     def prefetches(self) -> bool:
         return self.prefetch != "off"
+
+    @property
+    def asks_policy(self) -> bool:
+        """Whether the policy is asked what the coming token will use, for which it needs `predict`."""
+        return self.prefetch in prefetch_rule.ASK_POLICY
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether routers of the next layers are asked inside the token, whatever the policy."""
+        return self.prefetch in prefetch_rule.LOOK_AHEAD
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, fit for JSON or YAML, that say what was resolved."""

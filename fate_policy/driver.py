@@ -37,7 +37,7 @@ def check_prefetch(policy: Policy) -> None:
     if not overrides(policy, "predict"):
         raise PolicyConfigError(
             f"prefetch: policy {policy_name(policy)} has no predict(); use the classifier or another "
-            "policy that predicts, or prefetch: off"
+            "policy that predicts, or prefetch: layer, for which the model's own routers tell what comes"
         )
 
 

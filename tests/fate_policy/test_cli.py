@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from policy_contract import real_trace
+from policy_contract import real_trace, with_predictions
 
 from fate_bind import library
 from fate_bind.__main__ import main
@@ -162,10 +162,33 @@ def test_replay_prefetches_what_a_policy_predicts(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out.split("\n")[0].split()[-2:] == ["prefetched_per_token", "useful"]
 
 
+def test_replay_prefetches_what_routers_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of any policy; and both, in which the policy predicts too, of one that can."""
+    save_model()
+    routed = with_predictions(real_trace(), (2, 1), 8)
+    routed.save("told.npz")
+    classifier = Classifier(model="model.npz")
+    for name, policy, kind in (("lru", "lru", "layer"), ("classifier:model=model.npz", classifier, "both")):
+        command = ["replay", "told", "--policy", name, "--capacity", "8", "--prefetch", kind]
+        assert (
+            main([*command, "--prefetch-threshold", "0.4", "--prefetch-experts", "2", "--format", "json"])
+            == 0
+        )
+        (row,) = json.loads(capsys.readouterr().out)
+        counters = replay(routed, policy, n_slots=8, prefetch=Prefetch(0.4, 2, kind))
+        assert row["hit_rate"] == counters.hit_rate
+        totals = counters.totals()
+        assert row["prefetched_per_token"] == totals["prefetches"] / totals["tokens"] > 0
+
+
 @pytest.mark.parametrize(
     ("args", "fault"),
     [
         (["--policy", "lru"], "prefetch: policy lru has no predict()"),
+        (
+            ["--prefetch", "layer"],
+            "prefetch: layer brings in what routers told of the layers ahead, and the tra",
+        ),
         (["--cold"], "prefetch: is replayed as the engine runs only"),
         (["--no-sync"], "prefetch: can be replayed in table mode with sync"),
         (["--prefetch-threshold", "2"], "prefetch_threshold: 2.0 is not allowed"),

@@ -13,6 +13,7 @@ from fate_policy import registry
 from fate_policy.config import Config, Slots, load, make_policy
 from fate_policy.errors import PolicyConfigError
 from fate_policy.frequency import Frequency
+from fate_policy.prefetch_rule import Prefetch
 
 REFERENCE = Path(config_module.__file__).with_name("reference.yaml")
 
@@ -75,6 +76,27 @@ def test_off_may_be_bare(tmp_path: Path) -> None:
     assert load(written(tmp_path, "prefetch: off")).prefetch == "off"
 
 
+@pytest.mark.parametrize(
+    ("kind", "asks_policy", "looks_ahead"),
+    [("off", False, False), ("token", True, False), ("layer", False, True), ("both", True, True)],
+)
+def test_who_tells_what_is_brought_in_ahead(
+    tmp_path: Path, kind: str, asks_policy: bool, looks_ahead: bool
+) -> None:
+    chosen = load(written(tmp_path, f"prefetch: {kind}"))
+    assert chosen.as_dict()["prefetch"] == kind
+    assert (chosen.asks_policy, chosen.looks_ahead) == (asks_policy, looks_ahead)
+    assert chosen.prefetches == (kind != "off")
+    if kind == "off":
+        with pytest.raises(
+            PolicyConfigError, match="prefetch: 'off' is not allowed; expected one of token, la"
+        ):
+            Prefetch(kind=kind)
+    else:
+        same = Prefetch(kind=kind)
+        assert (same.asks_policy, same.looks_ahead) == (asks_policy, looks_ahead)
+
+
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
     assert load(written(tmp_path, "# nothing\n")) == load()
     assert load(written(tmp_path, "lru:\nparams:\n")) == load()
@@ -105,7 +127,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ),
         (
             "prefetch: tokens",
-            "prefetch: 'tokens' is not allowed; expected one of off, token; did you mean 'token'",
+            "prefetch: 'tokens' is not allowed; expected one of off, token, layer, both; did you mean",
         ),
         ("prefetch: true", "prefetch: True is not allowed"),
         (
@@ -120,6 +142,8 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
             "prefetch: token\nmode: callback",
             "prefetch: token works in table mode, and mode is callback here; use mode: table, or",
         ),
+        ("prefetch: layer\nmode: callback", "prefetch: layer works in table mode, and mode is callback here"),
+        ("prefetch: both\nmode: callback", "prefetch: both works in table mode, and mode is callback here"),
         ("frequency: 16", "frequency: 16 is not allowed; expected a mapping"),
         ("slots: many", "slots: 'many' is not allowed; expected a count"),
         ("params: {a: 1}", "params: is for own policies; write the parameters of lru under `lru:`"),

@@ -396,7 +396,8 @@ def test_a_policy_may_predict_nothing() -> None:
 
 def test_prefetch_needs_a_policy_that_predicts() -> None:
     fault = (
-        r"^prefetch: policy lru has no predict\(\); use the classifier or another policy that predicts, or"
+        r"^prefetch: policy lru has no predict\(\); use the classifier or another policy that predicts, or "
+        r"prefetch: layer, for which the model's own routers tell what comes$"
     )
     with pytest.raises(PolicyConfigError, match=fault):
         Driver(LRU(), SYNTHETIC, prefetch=True)
