@@ -227,16 +227,26 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="for the recommended slots: 4GiB or 25%%; default: 50%%",
     )
+    parser.add_argument(
+        "--format", choices=("text", "json"), default="text", help="of what is printed beside the page"
+    )
     add_expert_bytes(parser)
 
 
 def _report(args: argparse.Namespace) -> int:
-    from fate_policy import report, trace
+    from fate_policy import recall, report, trace
 
     path = data.find(args.trace, args.traces)
     output = checks.target("report", args.output or Path(f"{path.stem}.html"))
-    report.write(trace.load(path), output, path.stem, args.budget, args.expert_bytes)
-    print(f"wrote {output}")
+    told = report.write(trace.load(path), output, path.stem, args.budget, args.expert_bytes)
+    rows = [one.as_dict() for one in told]
+    if args.format == "json":
+        json.dump({"page": str(output), **({"recall": rows} if rows else {})}, sys.stdout, indent=2)
+        print()
+    else:
+        print(f"wrote {output}")
+        if rows:
+            print_rows(rows, "text", recall.COLUMNS)
     return 0
 
 

@@ -1,18 +1,23 @@
-"""One page about a trace: skew, overlap, reuse, locality by layer, capacity curves, slots for a budget."""
+"""One page about a trace: skew, overlap, reuse, locality by layer, capacity curves, slots for a budget.
+
+Where routers told of the layers ahead, also how much of what was used they named.
+"""
 
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fate_policy import data, plots
+from fate_policy import data, plots, recall
 from fate_policy.compare import make, replay_policy
 from fate_policy.errors import FateError, TraceError
 from fate_policy.locality import Locality, measure
 from fate_policy.plan import plan
+from fate_policy.recall import Recall
 from fate_policy.trace import Trace
 
 _STYLE = (
@@ -29,16 +34,26 @@ _CURVES = (
 )
 
 
-def write(trace: Trace, path: Path, name: str, budget: str = "50%", expert_bytes: int | None = None) -> None:
-    """Write the page, self-contained."""
-    text = page(trace, name, budget, expert_bytes)
+def write(
+    trace: Trace, path: Path, name: str, budget: str = "50%", expert_bytes: int | None = None
+) -> list[Recall]:
+    """Write the page, self-contained; return what it says of in-token predictions."""
+    told = recall.measure(trace)
+    text = page(trace, name, budget, expert_bytes, told)
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise FateError(f"report {path} cannot be written: {error}") from error
+    return told
 
 
-def page(trace: Trace, name: str, budget: str = "50%", expert_bytes: int | None = None) -> str:
+def page(
+    trace: Trace,
+    name: str,
+    budget: str = "50%",
+    expert_bytes: int | None = None,
+    told: Sequence[Recall] | None = None,
+) -> str:
     """Return the page as HTML.
 
     Parameters
@@ -47,11 +62,15 @@ def page(trace: Trace, name: str, budget: str = "50%", expert_bytes: int | None 
         Memory or a share of all experts, as `fate_policy.plan.plan` takes it, for the recommended slots.
     expert_bytes
         Where neither the trace nor `fate_policy.data` tells; without it only a share works.
+    told
+        What `fate_policy.recall.measure` says of the trace. None: it is asked.
     """
     if not trace.n_tokens:
         raise FateError(f"trace {name} holds no tokens; there is nothing to report")
     found = measure(trace)
     sections = [_summary(trace, found), _skew(found), _overlap(found), _reuse(found), _layers(trace)]
+    if told := recall.measure(trace) if told is None else told:
+        sections.append(_ahead(told))
     sections += [_capacity(trace), _slots(trace, budget, expert_bytes)]
     title = f"Routing of {html.escape(name)}"
     return (
@@ -158,6 +177,25 @@ def _layers(trace: Trace) -> str:
     text = "Hit rate of each layer with slots for a quarter of its experts."
     drawn = plots.lines(curves, "layer", "hit rate")
     return _section("Locality by layer", text, plots.inline(drawn, "hit rate by layer"))
+
+
+def _ahead(told: Sequence[Recall]) -> str:
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    head = ["layers before", "of", "uses", "first k", "first 2k", "token before"]
+    rows = []
+    for one in told:
+        for name, named in (("all", one.used), ("absent", one.absent)):
+            if named is not None:
+                rows.append([str(one.horizon), name, f"{named.n:,}", *map(share, named.shares())])
+    text = (
+        "Recall of what the routers named of the layers ahead: the share of uses whose expert was among the "
+        "first k or 2k named, k being the experts of a token; last, what naming the experts of the token "
+        "before would have recalled. Absent are experts that plain LRU, with the slots of the recording, "
+        "does not hold before the token: only there can bringing in ahead help."
+    )
+    return _section("Predictions inside the token", text, _table(head, rows))
 
 
 def _capacity(trace: Trace) -> str:

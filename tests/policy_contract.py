@@ -139,6 +139,20 @@ def decoded_trace(ids: NDArray[np.int32], shape: Geometry, sizes: list[int] | No
     )
 
 
+Predictions = list[tuple[int, int, int, list[int], list[float]]]
+
+
+def telling(routed: Trace, told: Predictions, horizons: tuple[int, ...] = (2, 1)) -> Trace:
+    """Return the trace with predictions (token, layer, horizon, experts, chances)."""
+    ids = np.full((routed.n_tokens, routed.n_layers, len(horizons), 5), -1, np.int16)
+    chances = np.zeros(ids.shape, np.float32)
+    for token, layer, horizon, experts, likely in told:
+        at = token, layer, horizons.index(horizon), slice(len(experts))
+        ids[at], chances[at] = experts, likely
+    meta = {**routed.meta, "horizons": list(horizons)}
+    return replace(routed, ahead_ids=ids, ahead_chances=chances, meta=meta)
+
+
 def with_predictions(
     routed: Trace, horizons: tuple[int, ...] = (2, 1), n_ahead: int = 6, seed: int = 0
 ) -> Trace:

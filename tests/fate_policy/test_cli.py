@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from policy_contract import real_trace, with_predictions
+from policy_contract import real_trace, synthetic_trace, with_predictions
 
 from fate_bind import library
 from fate_bind.__main__ import main
 from fate_policy import config, cost
 from fate_policy.classifier import Classifier
 from fate_policy.prefetch_rule import Prefetch
+from fate_policy.recall import COLUMNS, measure
 from fate_policy.replay import replay
 
 
@@ -76,6 +77,25 @@ def test_report_writes_a_page(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "real", "-o", "page.html"]) == 0
     assert capsys.readouterr().out == "wrote page.html\n"
     assert "Routing of real" in Path("page.html").read_text(encoding="utf-8")
+    assert main(["report", "real", "-o", "page.html", "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"page": "page.html"}
+
+
+def test_report_prints_the_recall_of_recorded_predictions(capsys: pytest.CaptureFixture[str]) -> None:
+    routed = with_predictions(synthetic_trace(120))
+    routed.save("told.npz")
+    assert main(["report", "told", "-o", "page.html", "--budget", "75%"]) == 0
+    wrote, head, *rows = capsys.readouterr().out.splitlines()
+    found = measure(routed)
+    assert wrote == "wrote page.html"
+    assert head.split() == list(COLUMNS)
+    assert [row.split()[:3] for row in rows] == [
+        [str(one.horizon), str(one.used.n), f"{one.used.at_k / one.used.n:.3f}"] for one in found
+    ]
+    assert "<h2>Predictions inside the token</h2>" in Path("page.html").read_text(encoding="utf-8")
+    assert main(["report", "told", "-o", "page.html", "--budget", "75%", "--format", "json"]) == 0
+    expected = {"page": "page.html", "recall": [one.as_dict() for one in found]}
+    assert json.loads(capsys.readouterr().out) == expected
 
 
 def test_plan_writes_slots_and_shows_what_they_gain(capsys: pytest.CaptureFixture[str]) -> None:

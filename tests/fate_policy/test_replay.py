@@ -10,12 +10,14 @@ import pytest
 from numpy.typing import NDArray
 from policy_contract import (
     SYNTHETIC,
+    Predictions,
     decoded_trace,
     geometry,
     golden,
     random_ids,
     real_trace,
     synthetic_trace,
+    telling,
     tiny,
     with_predictions,
 )
@@ -303,20 +305,6 @@ def test_prefetch_is_replayed_only_where_time_does_not_count(mode: str, sync: bo
         replay(synthetic_trace(), "lru", prefetch=Prefetch())
     with pytest.raises(PolicyConfigError, match=r"^prefetch_experts: 17 is not allowed; expected a whole"):
         Prefetch(experts=17)
-
-
-Predictions = list[tuple[int, int, int, list[int], list[float]]]
-
-
-def telling(routed: Trace, told: Predictions, horizons: tuple[int, ...] = (2, 1)) -> Trace:
-    """Return the trace with predictions (token, layer, horizon, experts, chances)."""
-    ids = np.full((routed.n_tokens, routed.n_layers, len(horizons), 4), -1, np.int16)
-    chances = np.zeros(ids.shape, np.float32)
-    for token, layer, horizon, experts, likely in told:
-        at = token, layer, horizons.index(horizon), slice(len(experts))
-        ids[at], chances[at] = experts, likely
-    meta = {**routed.meta, "horizons": list(horizons)}
-    return replace(routed, ahead_ids=ids, ahead_chances=chances, meta=meta)
 
 
 def test_a_hand_counted_prefetch_of_layers_ahead() -> None:

@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from policy_contract import real_trace, synthetic_trace
+from policy_contract import real_trace, synthetic_trace, with_predictions
 
 from fate_policy.compare import make, replay_policy
 from fate_policy.errors import FateError
+from fate_policy.recall import measure
 from fate_policy.report import page, write
 
 
@@ -31,6 +32,17 @@ def test_the_page_holds_every_part_and_needs_nothing_else(tmp_path: Path) -> Non
     assert "http" not in re.sub('src=".*?"', "", text)
     rate = replay_policy(real_trace(), make("lru"), 16).hit_rate
     assert f"equal slots hit {rate:.3f}" in text
+
+
+def test_what_was_named_inside_tokens_is_there_where_it_was_recorded() -> None:
+    routed = with_predictions(synthetic_trace(200))
+    text = page(routed, "synthetic", "75%")
+    assert "<h2>Predictions inside the token</h2>" in text
+    for one in measure(routed):
+        assert one.absent is not None
+        for name, named in (("all", one.used), ("absent", one.absent)):
+            shares = "".join(f"<td>{value:.3f}</td>" for value in named.shares())
+            assert f"<td>{one.horizon}</td><td>{name}</td><td>{named.n:,}</td>{shares}" in text
 
 
 def test_a_trace_with_prompts_and_unequal_layers_is_no_exception() -> None:
