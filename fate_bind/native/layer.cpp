@@ -11,6 +11,7 @@ fate_layer::fate_layer(int32_t n_experts, int32_t k, int32_t n_slots, int64_t ex
     score_(n_experts),
     counters_(FATE_N_COUNTERS),
     is_waiting_(n_experts),
+    is_ahead_(n_experts),
     is_needed_(n_experts) {
     table_.n_experts = n_experts;
     table_.n_slots   = n_slots;
@@ -27,7 +28,7 @@ void fate_layer::reset() {
     std::fill(last_use_.begin(), last_use_.end(), 0);
     std::fill(counters_.begin(), counters_.end(), 0);
     std::fill(is_waiting_.begin(), is_waiting_.end(), 0);
-    ahead_.clear();
+    forget_ahead();
     table_.clock = 0;
     began_       = 0;
     n_free_      = table_.n_slots;
@@ -37,6 +38,13 @@ void fate_layer::reset() {
 
 void fate_layer::begin_step() {
     began_ = table_.clock;
+    forget_ahead();
+}
+
+void fate_layer::forget_ahead() {
+    for (const int32_t expert : ahead_) {
+        is_ahead_[expert] = 0;
+    }
     ahead_.clear();
 }
 
@@ -121,10 +129,12 @@ void fate_layer::put(int32_t expert, int32_t slot, fate_layer_io & io) {
 
 void fate_layer::prefetch(const float * chance, float threshold, int32_t most, fate_layer_io & io) {
     fate_prefetch plan[FATE_PREFETCH_MAX];
-    const int32_t n = fate_prefetch_plan(table_, chance, threshold, most, plan);
+    const int32_t left = most - static_cast<int32_t>(ahead_.size());
+    const int32_t n    = fate_prefetch_plan(table_, chance, is_ahead_.data(), threshold, left, plan);
     for (int32_t i = 0; i < n; ++i) {
         put(plan[i].expert, plan[i].slot, io);
         is_waiting_[plan[i].expert] = 1;
+        is_ahead_[plan[i].expert]   = 1;
         ahead_.push_back(plan[i].expert);
         ++counters_[FATE_COUNTER_PREFETCHES];
     }
@@ -137,7 +147,7 @@ void fate_layer::release_needed() {
     for (const int32_t expert : ahead_) {
         is_needed_[expert] = 0;
     }
-    ahead_.clear();
+    forget_ahead();
 }
 
 void fate_layer::resolve(const fate_ids & ids, bool callback, fate_layer_io & io, int32_t * slots, uint8_t * hits) {

@@ -48,7 +48,7 @@ public:
     // A call of the pool path: rows x k <= n_slots. Writes slots[n_rows][k] and hits[n_rows][k].
     void resolve(const fate_ids & ids, bool callback, fate_layer_io & io, int32_t * slots, uint8_t * hits);
 
-    // Brings in, before the step of one token, what chance[n_experts] makes likely; most: of fate_prefetch_most().
+    // Brings in, before the step of one token, what chance[n_experts] makes likely; most: of fate_prefetch_most(), in all calls for one step.
     void prefetch(const float * chance, float threshold, int32_t most, fate_layer_io & io);
 
     // A call of the bypass path: counts, notes the uses, keeps the rows that seed() admits from.
@@ -82,6 +82,7 @@ private:
     void admit(int32_t expert, fate_layer_io & io);
     void put(int32_t expert, int32_t slot, fate_layer_io & io);
     void release_needed();
+    void forget_ahead();
 
     int32_t k_;
     int64_t expert_bytes_;
@@ -96,6 +97,7 @@ private:
     std::vector<int64_t> counters_;
     std::vector<uint8_t> is_waiting_; // prefetched and not used yet
     std::vector<int32_t> ahead_;      // prefetched for the step at hand
+    std::vector<uint8_t> is_ahead_;
     std::vector<int32_t> seed_ids_;   // rows kept by bypass()
     int32_t              n_seed_rows_ = 0;
 

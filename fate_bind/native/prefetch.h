@@ -2,7 +2,8 @@
 //
 // Absent experts whose chance to be used by the coming token is at least the threshold come in, the likeliest first. They take free slots, then those of
 // the first victims by the decision rule, but never that of an expert whose chance is at least the threshold too, whatever its score.
-// What was brought in for a token is no victim of that token's op, needed or not: its bytes may still be on their way.
+// What was brought in for a token is no victim of that token's op, needed or not: its bytes may still be on their way. Nor is it of a later plan for the
+// same token: a layer may plan at the token's start, and again when layers before it tell more.
 #pragma once
 
 #include "rule.h"
@@ -27,8 +28,10 @@ FATE_HOST_DEVICE inline bool fate_prefetch_before(float chance_a, int32_t a, flo
     return chance_a != chance_b ? chance_a > chance_b : a < b;
 }
 
-// Plans for one layer, chance[n_experts]; returns how many, at most `most` <= FATE_PREFETCH_MAX. Changes no table.
-inline int32_t fate_prefetch_plan(const fate_table & t, const float * chance, float threshold, int32_t most, fate_prefetch * plan) {
+// Plans for one layer, chance[n_experts]; returns how many, at most `most` <= FATE_PREFETCH_MAX. is_ahead[n_experts]: was brought in for this token already.
+// Changes no table.
+inline int32_t fate_prefetch_plan(const fate_table & t, const float * chance, const uint8_t * is_ahead, float threshold, int32_t most,
+                                  fate_prefetch * plan) {
     int32_t n = 0;
     while (n < most) {
         int32_t best = -1;
@@ -45,7 +48,7 @@ inline int32_t fate_prefetch_plan(const fate_table & t, const float * chance, fl
             for (int32_t i = 0; i < n; ++i) {
                 is_taken = is_taken || plan[i].slot == s;
             }
-            if (is_taken || (t.expert_of[s] >= 0 && chance[t.expert_of[s]] >= threshold)) {
+            if (is_taken || (t.expert_of[s] >= 0 && (chance[t.expert_of[s]] >= threshold || is_ahead[t.expert_of[s]]))) {
                 continue;
             }
             if (slot < 0) {

@@ -1,6 +1,7 @@
 // Bytes as a script of steps, publications and lying callbacks for one layer. For libFuzzer, or alone: fuzz-layer SEED SECONDS.
 #include "layer.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -92,24 +93,29 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
             layer.begin_step();
             std::vector<int32_t> ahead;
             if (n_rows == 1 && !callback && what % 4 == 3) {
-                std::vector<float> chance(n_experts);
-                for (float & c : chance) {
-                    c = static_cast<float>(input.next() % 8) / 7.0f;
-                }
                 const float   threshold = static_cast<float>(input.next() % 8) / 7.0f;
                 const int32_t most      = fate_prefetch_most(input.next() % 24, n_slots, k);
-                const auto    before    = io.expert_in;
-                layer.prefetch(chance.data(), threshold, most, io);
-                for (int32_t slot = 0; slot < n_slots; ++slot) {
-                    if (io.expert_in[slot] != before[slot]) {
+                for (int plan = input.next() % 3; plan >= 0; --plan) {
+                    std::vector<float> chance(n_experts);
+                    for (float & c : chance) {
+                        c = static_cast<float>(input.next() % 8) / 7.0f;
+                    }
+                    const auto before  = io.expert_in;
+                    const auto earlier = ahead;
+                    layer.prefetch(chance.data(), threshold, most, io);
+                    for (int32_t slot = 0; slot < n_slots; ++slot) {
+                        if (io.expert_in[slot] == before[slot]) {
+                            continue;
+                        }
                         ahead.push_back(io.expert_in[slot]);
-                        if (chance[io.expert_in[slot]] < threshold || (before[slot] >= 0 && chance[before[slot]] >= threshold)) {
+                        if (chance[io.expert_in[slot]] < threshold || (before[slot] >= 0 && chance[before[slot]] >= threshold) ||
+                            std::find(earlier.begin(), earlier.end(), before[slot]) != earlier.end()) {
                             abort();
                         }
                     }
-                }
-                if (static_cast<int32_t>(ahead.size()) > most || layer.first_inconsistent_slot() != -1) {
-                    abort();
+                    if (static_cast<int32_t>(ahead.size()) > most || layer.first_inconsistent_slot() != -1) {
+                        abort();
+                    }
                 }
             }
             if (n_rows * k <= n_slots) {

@@ -42,7 +42,7 @@ struct reference_layer {
         last_use(n_experts),
         score(n_experts) {}
 
-    // The slots of what comes in, by expert, in the order in which it comes.
+    // The slots of what comes in, by expert, in the order in which it comes. Several times a step; most: in all.
     std::vector<std::pair<int32_t, int32_t>> prefetch(const std::vector<float> & chance, float threshold, int32_t most) {
         std::vector<int32_t> likely;
         for (int32_t e = 0; e < n_experts; ++e) {
@@ -50,14 +50,16 @@ struct reference_layer {
                 likely.push_back(e);
             }
         }
-        const std::set<int32_t> stays(likely.begin(), likely.end());
+        std::set<int32_t> stays(likely.begin(), likely.end());
+        stays.insert(ahead.begin(), ahead.end()); // of earlier plans for this step
+        most -= static_cast<int32_t>(ahead.size());
         std::stable_sort(likely.begin(), likely.end(), [&](int32_t a, int32_t b) { return chance[a] > chance[b]; });
         std::vector<std::pair<int32_t, int32_t>> came;
         for (const int32_t expert : likely) {
             const bool is_room =
                 static_cast<int32_t>(slot_of.size()) < n_slots ||
                 std::any_of(slot_of.begin(), slot_of.end(), [&](const auto & resident) { return !stays.count(resident.first); });
-            if (slot_of.count(expert) || static_cast<int32_t>(came.size()) == most || !is_room) {
+            if (slot_of.count(expert) || static_cast<int32_t>(came.size()) >= most || !is_room) {
                 continue;
             }
             came.emplace_back(expert, admit(expert, stays));

@@ -270,8 +270,9 @@ static void test_the_likeliest_come_in_ahead() {
         resolve(layer, io, { { expert } });
     }
     const std::vector<float> chance = { 0.0f, 0.9f, 0.0f, 0.7f, 0.8f, 0.8f, 0.4f, 0.0f };
+    std::vector<uint8_t>     is_ahead(8);
     fate_prefetch            plan[FATE_PREFETCH_MAX];
-    CHECK(fate_prefetch_plan(layer.table(), chance.data(), 0.5f, 8, plan) == 3);
+    CHECK(fate_prefetch_plan(layer.table(), chance.data(), is_ahead.data(), 0.5f, 8, plan) == 3);
     CHECK(plan[0].expert == 4 && plan[0].slot == 3 && plan[0].victim == -1); // free
     CHECK(plan[1].expert == 5 && plan[1].slot == 0 && plan[1].victim == 0);  // equal chances by id; the oldest goes
     CHECK(plan[2].expert == 3 && plan[2].slot == 2 && plan[2].victim == 2);  // 1 is as likely: it stays
@@ -310,6 +311,27 @@ static void test_what_came_in_for_a_token_stays_for_that_token() {
     CHECK(layer.counters()[FATE_COUNTER_PREFETCHES] == 0);
 }
 
+static void test_a_later_plan_adds_to_an_earlier_one() {
+    fate_layer layer(8, 1, 4, 10);
+    fake_io    io;
+    for (const int32_t expert : { 0, 1, 2, 3 }) {
+        resolve(layer, io, { { expert } });
+    }
+    layer.begin_step();
+    const std::vector<float> first  = { 0.0f, 0.0f, 0.0f, 0.0f, 0.9f, 0.0f, 0.0f, 0.0f };
+    const std::vector<float> second = { 0.9f, 0.0f, 0.0f, 0.0f, 0.0f, 0.8f, 0.7f, 0.0f };
+    layer.prefetch(first.data(), 0.5f, 3, io);
+    CHECK(layer.table().slot_of[4] == 0 && layer.table().slot_of[0] == -1); // the oldest went
+    layer.prefetch(second.data(), 0.5f, 3, io);
+    CHECK(layer.table().slot_of[4] == 0);                                   // no longer likely, but on its way
+    CHECK(layer.table().slot_of[0] == 1 && layer.table().slot_of[5] == 2);  // what went comes again, elsewhere
+    CHECK(layer.table().slot_of[6] == -1);                                  // three in all
+    CHECK(layer.counters()[FATE_COUNTER_PREFETCHES] == 3);
+    resolve(layer, io, { { 7 } });
+    CHECK(layer.table().slot_of[7] == 3); // the only one that was not brought for this step
+    CHECK(layer.first_inconsistent_slot() == -1);
+}
+
 static void test_the_tokens_own_experts_find_room() {
     CHECK(fate_prefetch_most(8, 4, 4) == 0);
     CHECK(fate_prefetch_most(8, 3, 4) == 0);
@@ -335,18 +357,20 @@ static void test_random_steps(uint32_t seed) {
             const int64_t began  = expected.clock;
             layer.begin_step();
             if (n_rows == 1 && random() % 2) {
-                std::vector<float> chance(n_experts);
-                for (float & c : chance) {
-                    c = static_cast<float>(random() % 5) / 4.0f; // ties matter
-                }
                 const float   threshold = random() % 8 ? 0.75f : 0.0f;
                 const int32_t most      = fate_prefetch_most(1 + static_cast<int32_t>(random() % 20), n_slots, k);
-                layer.prefetch(chance.data(), threshold, most, io);
-                for (const auto & [expert, slot] : expected.prefetch(chance, threshold, most)) {
-                    CHECK(layer.table().slot_of[expert] == slot);
-                    CHECK(io.expert_in.at(slot) == expert);
+                for (uint32_t n_plans = 1 + random() % 3; n_plans > 0; --n_plans) {
+                    std::vector<float> chance(n_experts);
+                    for (float & c : chance) {
+                        c = static_cast<float>(random() % 5) / 4.0f; // ties matter
+                    }
+                    layer.prefetch(chance.data(), threshold, most, io);
+                    for (const auto & [expert, slot] : expected.prefetch(chance, threshold, most)) {
+                        CHECK(layer.table().slot_of[expert] == slot);
+                        CHECK(io.expert_in.at(slot) == expert);
+                    }
+                    CHECK(layer.first_inconsistent_slot() == -1);
                 }
-                CHECK(layer.first_inconsistent_slot() == -1);
                 CHECK(layer.counters()[FATE_COUNTER_PREFETCHES] == expected.prefetches);
             }
             CHECK(resolve(layer, io, rows) == expected.step(rows));
@@ -393,6 +417,7 @@ int main(int argc, char ** argv) {
     test_good_answers_are_taken();
     test_the_likeliest_come_in_ahead();
     test_what_came_in_for_a_token_stays_for_that_token();
+    test_a_later_plan_adds_to_an_earlier_one();
     test_the_tokens_own_experts_find_room();
     const uint32_t seed = argc > 1 ? static_cast<uint32_t>(atoi(argv[1])) : 1;
     test_as_many_rows_seed_as_fit(seed);
