@@ -168,4 +168,9 @@ def read_step(step: Any) -> Step:
         copied["weights"] = (pairs, FLOAT32, buffer(step.weights, 4 * n_rows * k)[:])
     else:
         made.__dict__["weights"] = None
+    if step.n_horizons:  # `Step` has defaults for these, which a copy made when asked for would not replace
+        ahead = (*rows, step.n_horizons, step.n_ahead)
+        made.__dict__["ahead_ids"] = array(step.ahead_ids, ahead, INT32)
+        made.__dict__["ahead_chances"] = array(step.ahead_chances, ahead, FLOAT32)
+        made.__dict__["horizons"] = tuple(library.load().ffi.unpack(step.horizons, step.n_horizons))
     return made

@@ -35,6 +35,8 @@ class Host:
         Where the first engaged engine's routing goes; the second's goes to NAME-2.npz and so on.
     require
         Engines that do not engage refuse their context.
+    times
+        Keep the times of what a GPU does.
     throttle_gbps
         10^9 bytes a second at which a GPU's misses are filled at most; None: as many as come.
     stage_all
@@ -48,12 +50,14 @@ class Host:
         record: Path | None = None,
         require: bool = False,
         throttle_gbps: float | None = None,
+        times: bool = False,
         stage_all: bool = False,
     ) -> None:
         self.config = config
         self.record = record
         self.require = require
         self.throttle_gbps = throttle_gbps
+        self.times = times
         self.stage_all = stage_all
         self.engines: list[Engine] = []
         self.failure: BaseException | None = None
@@ -68,12 +72,13 @@ class Host:
         check_mode(first, config.mode)
         self.prefetches = config.prefetches and config.mode == "table"
         self.asks_policy = config.asks_policy and self.prefetches
+        self.looks_ahead = config.looks_ahead and self.prefetches
         if self.asks_policy:
             check_prefetch(first)
         self._first: Policy | None = first
         self.is_silent = (
             config.mode == "table"
-            and not self.prefetches
+            and not self.asks_policy
             and not any(overrides(first, name) for name in _EVENTS_AND_QUESTIONS)
         )
         self._expects = overrides(first, "expect") or self.asks_policy
@@ -91,10 +96,12 @@ class Host:
         slots_list = ffi.new("int32_t[]", counts)
         config = ffi.new("fate_config *")
         config.mode = getattr(lib, _MODES[self.config.mode])
-        config.sync = self.config.sync or self.is_silent
+        config.sync = self.config.sync or (self.is_silent and not self.prefetches)
         config.scores = not self.is_silent
         config.expects = self._expects
-        config.prefetch = self.asks_policy
+        config.prefetch = (
+            lib.FATE_PREFETCH_TOKEN * self.asks_policy + lib.FATE_PREFETCH_LAYER * self.looks_ahead
+        )
         config.prefetch_experts = self.config.prefetch_experts
         config.prefetch_threshold = self.config.prefetch_threshold
         config.record = self.record is not None
@@ -107,6 +114,7 @@ class Host:
         config.slots_list, config.n_slots_list = slots_list, len(counts)
         config.vram_bytes, config.vram_margin = self.config.vram or 0, self.config.vram_margin
         config.stage_all = self.stage_all
+        config.times = self.times
         config.throttle = (self.throttle_gbps or 0.0) * 1e9
         config.on_open, config.on_step = lib.fate_py_open, lib.fate_py_step
         config.on_expect, config.on_miss = lib.fate_py_expect, lib.fate_py_miss

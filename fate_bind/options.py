@@ -23,7 +23,10 @@ _FLAGS = {
     "vram-margin": ("SIZE", "with slots auto: leave so much free (default: 1GiB)"),
     "mode": ("table|callback|off", "scores between tokens, Python at every miss, no pool (default: table)"),
     "sync": (None, "scores act from the very next step; the model waits for the policy"),
-    "prefetch": ("off|token", "bring in what the policy predicts for the coming token (default: off)"),
+    "prefetch": (
+        "off|token|layer|both",
+        "bring in what the policy predicts, what the next layers' routers tell, or both (default: off)",
+    ),
     "prefetch-threshold": ("CHANCE", "of experts at least so likely, above 0, up to 1 (default: 0.5)"),
     "prefetch-experts": ("N", "at most N of a layer and token, 1 to 16 (default: 8)"),
     "record": ("FILE.npz", "write every token's routing to FILE.npz"),

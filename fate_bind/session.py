@@ -117,6 +117,8 @@ class Session:
         with a GPU also `-ngl 999 --cpu-moe -ub 1024`), so that only `args` count.
     throttle_gbps
         Hold the fills of a GPU's misses to so many 10^9 bytes a second, to see what a slower link would do.
+    times
+        Keep when a GPU does what, for `times()`.
     """
 
     def __init__(
@@ -137,6 +139,7 @@ class Session:
         fate: bool = True,
         place: bool = True,
         throttle_gbps: float | None = None,
+        times: bool = False,
     ) -> None:
         config, instance = resolve_config(
             policy, slots, mode, sync, vram, None, prefetch, prefetch_threshold, prefetch_experts
@@ -149,7 +152,7 @@ class Session:
             raise PolicyConfigError("fate is False, so there is nothing to record or to require")
         host = None
         if fate:
-            host = Host(config, instance, Path(record) if record else None, require, throttle_gbps)
+            host = Host(config, instance, Path(record) if record else None, require, throttle_gbps, times)
         if model is None and not placement.names_model(args):
             model = modelfile.EMBEDDED
         with interrupts.held():
@@ -476,6 +479,22 @@ class Session:
             engine = lib.fate_context_engine(context)
             if engine != ffi.NULL:
                 self._check(lib.fate_engine_check(engine))
+
+    def times(self) -> NDArray[np.int64]:
+        """Return when a GPU did what for each layer in the newest step, in nanoseconds of its clock.
+
+        Shape (n_layers, n), by `FATE_TIME_*` of fate.h; 0: not at all. The session was opened with `times`.
+        """
+        ffi, lib = library.load()
+        with self._calling() as context:
+            engine = lib.fate_context_engine(context)
+            if engine == ffi.NULL:
+                raise EngineError("there is no engine whose times could be told; open with fate=True")
+            info = ffi.new("fate_info *")
+            self._check(lib.fate_engine_get_info(engine, info))
+            found = np.zeros((info.geometry.n_layers, lib.FATE_N_TIMES), np.int64)
+            self._check(lib.fate_engine_get_times(engine, ffi.from_buffer("int64_t[]", found), found.size))
+        return found
 
     def _engine(self) -> Engine | None:
         return self._host.engines[0] if self._host is not None and self._host.engines else None

@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { N_LAYERS = 2, N_EXPERTS = 8, K = 2, N_VOCAB = 16, N_BATCH = 8, N_CTX = 256, MAX_MOVES = 64 };
+enum { N_LAYERS = 2, N_EXPERTS = 8, K = 2, N_AHEAD = 16, N_VOCAB = 16, N_BATCH = 8, N_CTX = 256, MAX_MOVES = 64 };
 
 struct fate_engine {
     fate_config config;
@@ -159,6 +159,16 @@ int32_t fate_engine_get_counters(const fate_engine * e, int64_t * counters, size
     return FATE_STATUS_OK;
 }
 
+int32_t fate_engine_get_times(const fate_engine * e, int64_t * times, size_t n) {
+    if (n != N_LAYERS * FATE_N_TIMES) {
+        return fail(FATE_STATUS_INVALID, "%zu times: expected %d", n, N_LAYERS * FATE_N_TIMES);
+    }
+    for (size_t i = 0; i < n; ++i) {
+        times[i] = e->config.times ? (int64_t) i : 0;
+    }
+    return FATE_STATUS_OK;
+}
+
 int32_t fate_engine_check(const fate_engine * e) {
     for (int l = 0; l < N_LAYERS; ++l) {
         int n = 0;
@@ -169,6 +179,12 @@ int32_t fate_engine_check(const fate_engine * e) {
             return fail(FATE_STATUS_INVALID, "layer %d holds %d experts in %d slots", l, n, e->n_slots[l]);
         }
     }
+    return FATE_STATUS_OK;
+}
+
+int32_t fate_replay_predictions(const int32_t * ids, const float * chances, int32_t n_horizons, const int32_t * horizons,
+                                int32_t n_tokens, int32_t n_layers, int32_t m) {
+    (void) ids, (void) chances, (void) n_horizons, (void) horizons, (void) n_tokens, (void) n_layers, (void) m;
     return FATE_STATUS_OK;
 }
 
@@ -308,9 +324,21 @@ static void engine_step(fate_engine * e, int32_t token, int32_t position) {
         return;
     }
     const int32_t   sequence = 0;
-    const fate_step step     = {
+    // the layer before tells what is then used
+    const int32_t horizon = 1;
+    int32_t       ahead[N_LAYERS][N_AHEAD];
+    float         chances[N_LAYERS][N_AHEAD];
+    for (int l = 0; l < N_LAYERS; ++l) {
+        for (int i = 0; i < N_AHEAD; ++i) {
+            ahead[l][i]   = l > 0 && i < K ? ids[l][i] : -1;
+            chances[l][i] = ahead[l][i] >= 0 ? 0.9f - 0.1f * (float) i : 0.0f;
+        }
+    }
+    const int       tells = e->config.record && (e->config.prefetch & FATE_PREFETCH_LAYER);
+    const fate_step step  = {
         1,       N_LAYERS,    K, &ids[0][0],   e->config.weights ? &weights[0][0] : NULL,
         &hits[0][0], path, &token, &position, &sequence, n_fills, &fills[0][0], n_evictions, &evictions[0][0],
+        tells,   &horizon,    N_AHEAD, &ahead[0][0], &chances[0][0],
     };
     float   scores[N_LAYERS * N_EXPERTS] = { 0 }, bonus[N_LAYERS] = { 0 };
     int32_t published                    = 0;

@@ -64,7 +64,7 @@ public:
     ~fate_cuda_device() override;
 
     void             reset() override;
-    std::string      begin(int32_t n_tokens, bool first_is_bulk) override;
+    std::string      begin(int32_t n_tokens, bool first_is_bulk, bool looks) override;
     void             launch(size_t layer, uint8_t path, ggml_tensor * dst, void * stream) override;
     bool             is_bulk(size_t layer, int32_t n_rows) const override;
     void             launch_bulk(size_t layer, ggml_tensor * dst, void * stream) override;
@@ -72,8 +72,10 @@ public:
     std::string      end(int which) override;
     void             collect(int which, fate_record & record) override;
     void             publish(const float * scores, int32_t stride, const float * bonus, bool behind) override;
-    std::string      prefetch(const float * chance, int32_t stride, bool waits) override;
+    std::string      prefetch(const float * chance, int32_t stride) override;
+    void             foretell(const fate_predictions & predictions, const fate_router & router) override;
     void             get_counters(std::vector<int64_t> & counters) const override;
+    void             get_times(std::vector<int64_t> & times) const override;
     void             get_launches(int64_t & launches, int64_t & captures) const override;
     fate_device_asks get_asks() const override;
     std::string      bounced() const override;
@@ -82,7 +84,7 @@ public:
 private:
     // Where the parts of what comes back lie; the part that grows with the tokens is last.
     struct parts {
-        size_t counters, steps, fills, evictions, ids, weights, hits, size;
+        size_t counters, steps, fills, evictions, foretold, chances, ids, weights, hits, size;
     };
 
     parts          parts_of(int32_t n_tokens) const;
@@ -91,8 +93,12 @@ private:
     fate_cuda_call call_of(size_t layer, const ggml_tensor * dst);
     void           enqueue(uint8_t path, const fate_cuda_layer & layer, const fate_cuda_call & call);
     void           note_launch();
+    void           note_prefetches();
     void           fail(ggml_tensor * dst);
     const void *   on_device(const void * p) const;
+
+    // Of a layer, for the record.
+    size_t n_foretold() const { return config_.horizons.empty() ? 0 : FATE_LOOKAHEAD_LAYERS * FATE_LOOKAHEAD_MOST; }
 
     size_t n_all() const { return 1 + static_cast<size_t>(config_.layers.back().index); } // layers that scores are told of
 
@@ -114,6 +120,7 @@ private:
     device_array<char>            back_;  // parts
     device_array<fate_cuda_layer> device_layers_;
     device_array<int32_t>         index_;
+    device_array<int64_t>         times_;
     pinned_buffer                 home_[2];
     fate_cuda_event               is_home_[2];
     pinned_buffer                 scores_[2];
@@ -128,6 +135,8 @@ private:
     int32_t      tokens_in_[2] = { 0, 0 };
     int          last_         = -1; // the buffer of the last step, -1: none since the reset
     int64_t      n_launches_   = 0;
+    int64_t      n_brought_    = 0;  // prefetches so far, as far as known, and how many of them were used
+    int64_t      n_used_       = 0;
     int64_t      n_captures_   = 0;
 
     std::unique_ptr<fate_cuda_callback> callback_; // null: table mode
@@ -200,7 +209,9 @@ fate_cuda_device::parts fate_cuda_device::parts_of(int32_t n_tokens) const {
     p.steps     = p.counters + n * FATE_N_COUNTERS * sizeof(int64_t);
     p.fills     = p.steps + n * sizeof(fate_cuda_step);
     p.evictions = p.fills + n * max_experts_ * sizeof(int32_t);
-    p.ids       = p.evictions + n * max_experts_ * sizeof(int32_t);
+    p.foretold  = p.evictions + n * max_experts_ * sizeof(int32_t);
+    p.chances   = p.foretold + n * n_foretold() * sizeof(int32_t);
+    p.ids       = p.chances + n * n_foretold() * sizeof(float);
     p.weights   = p.ids + pairs(n_tokens) * sizeof(int32_t);
     p.hits      = p.weights + (config_.weights ? pairs(n_tokens) * sizeof(float) : 0);
     p.size      = config_.wants_steps ? p.hits + pairs(n_tokens) : p.steps;
@@ -224,6 +235,9 @@ void fate_cuda_device::bind(const fate_device_config & config) {
     const size_t head_bytes = n * sizeof(fate_cuda_head);
     state_bytes_            = rows * (sizeof(int64_t) + sizeof(float)) + head_bytes;
     maps_.allocate(2 * rows);
+    if (config.times) {
+        times_.allocate(n * FATE_N_TIMES);
+    }
     state_.allocate(state_bytes_);
     const parts p = parts_of(config.max_tokens);
     back_.allocate(p.size);
@@ -248,12 +262,17 @@ void fate_cuda_device::bind(const fate_device_config & config) {
         to.score     = score + i * max_experts_;
         to.head      = head + i;
         to.counters  = reinterpret_cast<int64_t *>(back_.data + p.counters) + i * FATE_N_COUNTERS;
+        to.times     = config.times ? times_.data + i * FATE_N_TIMES : nullptr;
         to.desk      = callback_ ? callback_->desk() : nullptr;
         to.ring      = ring_ ? ring_->desk() : nullptr;
         if (config.wants_steps) {
             to.step      = reinterpret_cast<fate_cuda_step *>(back_.data + p.steps) + i;
             to.fills     = reinterpret_cast<int32_t *>(back_.data + p.fills) + i * max_experts_;
             to.evictions = reinterpret_cast<int32_t *>(back_.data + p.evictions) + i * max_experts_;
+            if (n_foretold() > 0) {
+                to.foretold        = reinterpret_cast<int32_t *>(back_.data + p.foretold) + i * n_foretold();
+                to.foretold_chance = reinterpret_cast<float *>(back_.data + p.chances) + i * n_foretold();
+            }
         }
         uint64_t n_units      = 0;
         double   expert_bytes = 0;
@@ -272,7 +291,7 @@ void fate_cuda_device::bind(const fate_device_config & config) {
         most             = std::max(most, from.index);
     }
     if (config.prefetch_experts > 0 && !ring_ && !callback_) {
-        prefetch_ = std::make_unique<fate_cuda_prefetch>(ordinal_, n, max_experts_, config.prefetch_experts, config.prefetch_threshold);
+        prefetch_ = std::make_unique<fate_cuda_prefetch>(ordinal_, config, max_experts_);
         for (size_t i = 0; i < n; ++i) {
             prefetch_->bind(layers_[i], i);
         }
@@ -315,7 +334,7 @@ void fate_cuda_device::reset() {
     }
 }
 
-std::string fate_cuda_device::begin(int32_t n_tokens, bool first_is_bulk) {
+std::string fate_cuda_device::begin(int32_t n_tokens, bool first_is_bulk, bool looks) {
     n_tokens_ = n_tokens;
     if (callback_) {
         callback_->wake();
@@ -331,13 +350,38 @@ std::string fate_cuda_device::begin(int32_t n_tokens, bool first_is_bulk) {
         if (config_.wants_steps) { // layers that the step leaves out say so
             FATE_CUDA(cudaMemsetAsync(back_.data + parts_of(0).steps, 0, layers_.size() * sizeof(fate_cuda_step), stream_));
         }
+        if (times_.data) {
+            FATE_CUDA(cudaMemsetAsync(times_.data, 0, layers_.size() * FATE_N_TIMES * sizeof(int64_t), stream_));
+        }
         if (prefetch_) {
-            prefetch_->begin(device_layers_.data, stream_);
+            note_prefetches();
+            prefetch_->begin(device_layers_.data, looks, n_brought_, n_used_, stream_);
+        }
+        if (n_foretold() > 0 && config_.wants_steps) { // behind what told of the step before
+            const parts p = parts_of(0);
+            FATE_CUDA(cudaMemsetAsync(back_.data + p.foretold, 0xff, p.chances - p.foretold, stream_));
+            FATE_CUDA(cudaMemsetAsync(back_.data + p.chances, 0, p.ids - p.chances, stream_));
         }
         bulk_->begin(first_is_bulk, stream_);
         return "";
     } catch (const fate_error & e) {
         return e.what();
+    }
+}
+
+// What came back last tells what prefetch was good for; a step that is still under way tells nothing yet.
+void fate_cuda_device::note_prefetches() {
+    if (last_ < 0 || cudaEventQuery(is_home_[last_].handle) != cudaSuccess) {
+        cudaGetLastError(); // not ready is no error
+        return;
+    }
+    const int64_t * counters = reinterpret_cast<const int64_t *>(home_[last_].data);
+    n_brought_               = 0;
+    n_used_                  = 0;
+    for (size_t i = 0; i < layers_.size(); ++i) {
+        const int64_t * c = counters + i * FATE_N_COUNTERS;
+        n_brought_ += c[FATE_COUNTER_PREFETCHES];
+        n_used_ += c[FATE_COUNTER_PREFETCH_USEFUL] + c[FATE_COUNTER_PREFETCH_LATE];
     }
 }
 
@@ -371,6 +415,9 @@ fate_cuda_call fate_cuda_device::call_of(size_t layer, const ggml_tensor * dst) 
     call.stride         = static_cast<int64_t>(ids->nb[1]);
     call.n_rows         = static_cast<int32_t>(ids->ne[1]);
     call.out            = static_cast<int32_t *>(dst->data);
+    if (dst->src[3] && layers_[layer].sight) {
+        call.input = static_cast<const float *>(dst->src[3]->data);
+    }
     if (config_.wants_steps) {
         const parts  p   = parts_of(n_tokens_);
         const size_t at  = layer * static_cast<size_t>(n_tokens_) * max_k_;
@@ -397,8 +444,12 @@ void fate_cuda_device::note_launch() {
 void fate_cuda_device::launch(size_t layer, uint8_t path, ggml_tensor * dst, void * stream) {
     stream_ = static_cast<cudaStream_t>(stream);
     try {
-        enqueue(path, layers_[layer], call_of(layer, dst));
+        const fate_cuda_call call = call_of(layer, dst);
+        enqueue(path, layers_[layer], call);
         note_launch();
+        if (call.input) {
+            prefetch_->look_on(device_layers_.data, layer, stream_);
+        }
     } catch (const fate_error &) {
         fail(dst);
         throw;
@@ -439,6 +490,9 @@ std::string fate_cuda_device::end(int which) {
         FATE_CUDA(cudaEventRecord(is_home_[which].handle, stream_));
         tokens_in_[which] = n_tokens_;
         last_             = which;
+        if (prefetch_) {
+            prefetch_->watch(device_layers_.data);
+        }
         return "";
     } catch (const fate_error & e) {
         return e.what();
@@ -459,6 +513,9 @@ void fate_cuda_device::collect(int which, fate_record & record) {
     const int32_t *        ids       = reinterpret_cast<const int32_t *>(home + p.ids);
     const float *          weights   = reinterpret_cast<const float *>(home + p.weights);
     const uint8_t *        hits      = reinterpret_cast<const uint8_t *>(home + p.hits);
+    const int32_t *        foretold  = reinterpret_cast<const int32_t *>(home + p.foretold);
+    const float *          chances   = reinterpret_cast<const float *>(home + p.chances);
+    const size_t           n_told    = config_.horizons.size() * FATE_LOOKAHEAD_MOST;
     for (const int32_t path : { FATE_PATH_POOL, FATE_PATH_STAGED }) {
         for (size_t i = 0; i < layers_.size(); ++i) {
             if (steps[i].path != path) {
@@ -478,6 +535,11 @@ void fate_cuda_device::collect(int which, fate_record & record) {
                 if (config_.weights && record.weights(token, layer)) {
                     std::copy_n(weights + at, k, record.weights(token, layer));
                 }
+            }
+            if (n_told > 0 && n_tokens == 1 && record.has_ahead()) { // the nearest are the last ones
+                const size_t from = (i + 1) * n_foretold() - n_told;
+                std::copy_n(foretold + from, n_told, record.ahead_ids(0, layer));
+                std::copy_n(chances + from, n_told, record.ahead_chances(0, layer));
             }
             for (int32_t j = 0; j < steps[i].n_fills; ++j) {
                 record.add_fill(layer, fills[i * max_experts_ + j]);
@@ -515,13 +577,20 @@ void fate_cuda_device::publish(const float * scores, int32_t stride, const float
     }
 }
 
-std::string fate_cuda_device::prefetch(const float * chance, int32_t stride, bool waits) {
+void fate_cuda_device::foretell(const fate_predictions & predictions, const fate_router & router) {
+    if (prefetch_) {
+        const device_scope scope(ordinal_);
+        prefetch_->foretell(predictions, router.end());
+    }
+}
+
+std::string fate_cuda_device::prefetch(const float * chance, int32_t stride) {
     if (!prefetch_ || !stream_) { // or nothing has run: begin() settled nothing
         return "";
     }
     try {
         const device_scope scope(ordinal_);
-        prefetch_->launch(device_layers_.data, index_.data, chance, n_all(), stride, waits, stream_);
+        prefetch_->launch(device_layers_.data, index_.data, chance, n_all(), stride, stream_);
         return "";
     } catch (const fate_error & e) {
         return e.what();
@@ -543,6 +612,15 @@ void fate_cuda_device::get_counters(std::vector<int64_t> & counters) const {
         }
         c[FATE_COUNTER_ROUTED] = c[FATE_COUNTER_HITS] + c[FATE_COUNTER_MISSES] + c[FATE_COUNTER_STAGED];
         c[FATE_COUNTER_BYTES]  = c[FATE_COUNTER_FILLS] * expert_bytes;
+    }
+}
+
+void fate_cuda_device::get_times(std::vector<int64_t> & times) const {
+    times.assign(times_.data ? layers_.size() * FATE_N_TIMES : 0, 0);
+    if (times_.data) {
+        const device_scope scope(ordinal_);
+        FATE_CUDA(cudaDeviceSynchronize());
+        FATE_CUDA(cudaMemcpy(times.data(), times_.data, times.size() * sizeof(int64_t), cudaMemcpyDeviceToHost));
     }
 }
 

@@ -51,9 +51,10 @@ static __device__ int fate_first_seed_row(const fate_cuda_layer & layer, int32_t
     return __syncthreads_count(is_pair && tid % layer.k == 0 && is_too_many);
 }
 
-// Thread pair of block 0, when every expert that the op needs has a slot. n_waiting: of the layer's experts that were prefetched and not used yet.
+// Thread pair of block 0, when every expert that the op needs has a slot. n_waiting: of the layer's experts that were prefetched and not used yet. n_entered: how
+// many came in for the op, and how many went for them.
 static __device__ __forceinline__ void fate_hit(const fate_cuda_layer & layer, const fate_cuda_call & call, int pair, int64_t clock,
-                                                int32_t expert, int32_t slot, int32_t n_waiting) {
+                                                int32_t expert, int32_t slot, int32_t n_waiting, int2 n_entered) {
     const int n_pairs = call.n_rows * layer.k;
     if (pair < n_pairs) {
         const int row                  = pair / layer.k;
@@ -71,7 +72,10 @@ static __device__ __forceinline__ void fate_hit(const fate_cuda_layer & layer, c
         fate_add(&layer.counters[FATE_COUNTER_ROWS], call.n_rows);
         fate_add(&layer.counters[FATE_COUNTER_ROWS_ALL_RESIDENT], call.n_rows);
         if (layer.step) {
-            *layer.step = { FATE_PATH_POOL, call.n_rows, 0, 0 };
+            *layer.step = { FATE_PATH_POOL, call.n_rows, n_entered.x, n_entered.y };
+        }
+        if (n_entered.x > 0) {
+            fate_mark(layer, FATE_TIME_OP_DONE);
         }
     }
 }
@@ -120,8 +124,14 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
     }
     __syncthreads();
     fate_pdl_wait();
+    if (!SEED && blockIdx.x == 0 && tid == 0) {
+        fate_mark(layer, FATE_TIME_OP_BEGAN);
+    }
     if constexpr (AHEAD) {
         n_ahead = s_ahead.n;
+        if (call.input && blockIdx.x == gridDim.x - 1) {
+            fate_show(layer, call);
+        }
     }
 
     if (!SEED && n_pairs <= 32 && n_ahead == 0) { // one token: every warp looks at all of it, so that a hit passes no barrier
@@ -130,7 +140,7 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
         const int32_t at   = s_slot_of[id];
         if (!__any_sync(0xffffffff, lane < n_pairs && at < 0)) {
             if (blockIdx.x == 0 && tid < 32) {
-                fate_hit(layer, call, tid, clock, id, at, n_waiting);
+                fate_hit(layer, call, tid, clock, id, at, n_waiting, { 0, 0 });
             }
             return;
         }
@@ -148,10 +158,16 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
         fate_take(layer, s_ahead, s_first, s_slot_of);
         __syncthreads();
     }
-    const int32_t slot = s_slot_of[expert];
-    if (!__syncthreads_or(is_pair && slot < 0) && n_ahead == 0) {
+    const int32_t slot   = s_slot_of[expert];
+    const bool    misses = __syncthreads_or(is_pair && slot < 0) != 0;
+    if (n_ahead == 0 ? !misses : fate_is_quiet(layer, s_ahead, misses)) {
         if (!SEED && blockIdx.x == 0) {
-            fate_hit(layer, call, tid, clock, expert, slot, n_waiting);
+            int2 n_entered = { 0, 0 };
+            if (n_ahead > 0) { // the others read what they need from the plan, however far the tables are
+                n_entered = fate_enter(layer, s_ahead);
+                __syncthreads();
+            }
+            fate_hit(layer, call, tid, clock, expert, slot, n_waiting, n_entered);
         }
         return;
     }
@@ -236,12 +252,15 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
     if (tid == 0) {
         arrived = atomicAdd(&layer.head->arrived, 1);
     }
-    const bool demands = AHEAD && (n_missing > 0 || fate_any_late(s_ahead));
+    const bool demands = AHEAD && (n_missing > 0 || fate_any_open(s_ahead));
     if constexpr (AHEAD) {
         if (tid == 0 && demands) {
             atomicAdd(layer.n_demands, 1);
         }
-        fate_copy_needed(layer, s_ahead);
+        fate_copy_open(layer, s_ahead);
+    }
+    if (!SEED && arrived == 0 && tid == 0) {
+        fate_mark(layer, FATE_TIME_OP_COPIES);
     }
     const uint64_t began = layer.ns_per_expert > 0 ? fate_now_ns() : 0;
     if constexpr (RING && !SEED) {
@@ -320,6 +339,7 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
         if (SEED) {
             fate_add(&layer.counters[FATE_COUNTER_SEED_FILLS], n_missing);
         } else {
+            fate_mark(layer, FATE_TIME_OP_DONE);
             layer.head->clock = clock + n_pairs;
             fate_add(&layer.counters[FATE_COUNTER_HITS], n_pairs - n_missing - n_late);
             fate_add(&layer.counters[FATE_COUNTER_MISSES], n_missing + n_late);

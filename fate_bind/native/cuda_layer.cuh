@@ -40,7 +40,8 @@ struct fate_cuda_step {
     int32_t n_evictions;
 };
 
-struct fate_cuda_plan; // cuda_prefetch.cuh
+struct fate_cuda_plan;  // cuda_plan.cuh
+struct fate_cuda_sight; // cuda_lookahead.cuh
 
 struct fate_cuda_layer {
     int32_t index; // among all layers
@@ -56,18 +57,24 @@ struct fate_cuda_layer {
     int64_t *        last_use;
     float *          score;
     fate_cuda_head * head;
-    int64_t *        counters;  // [FATE_N_COUNTERS]; routed and bytes follow from the others
-    fate_desk *      desk;      // callback mode: where the host is asked
-    fate_ring_desk * ring;      // where experts come from if not straight from the source
+    int64_t *        counters;    // [FATE_N_COUNTERS]; routed and bytes follow from the others
+    fate_desk *      desk;        // callback mode: where the host is asked
+    fate_ring_desk * ring;        // where experts come from if not straight from the source
 
-    fate_cuda_plan * plan;      // null: nothing is prefetched
-    int32_t *        waiting;   // [n_experts], 1: prefetched and not used yet
-    uint32_t *       n_demands; // blocks of this engine on the device that copy what an op waits for
-    uint32_t         n_pieces;  // of an expert
+    fate_cuda_plan *  plan;       // null: nothing is prefetched
+    fate_cuda_sight * sight;      // null: its input tells of no other layer
+    int32_t *         waiting;    // [n_experts], 1: prefetched and not used yet
+    uint32_t *        n_demands;  // blocks of this engine on the device that copy what an op waits for
+    uint32_t *        n_posts;    // grows when there is something new to score or to copy
+    uint32_t          n_pieces;   // of an expert
+    bool              is_awaited; // the op itself carries out what is planned, all of it
 
-    fate_cuda_step * step;      // null: not recorded
+    int64_t *        times;       // [FATE_N_TIMES], null: not kept
+    fate_cuda_step * step;        // null: not recorded
     int32_t *        fills;
     int32_t *        evictions;
+    int32_t *        foretold; // [FATE_LOOKAHEAD_LAYERS][FATE_LOOKAHEAD_MOST], by the farthest layer first; null: not recorded
+    float *          foretold_chance;
 
     fate_cuda_tensor tensors[FATE_CUDA_MAX_TENSORS];
 };
@@ -78,6 +85,8 @@ struct fate_cuda_call {
     int64_t      stride;
     int32_t      n_rows;
     int32_t *    out;     // [n_rows][k]: slots on the pool path, ids on the staged path
+
+    const float * input;  // what the layer's router read; null where that is of no use
 
     const char * weights; // null: unknown
     int64_t      weights_nb1;
@@ -110,6 +119,13 @@ static __device__ __forceinline__ uint64_t fate_now_ns() {
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
     return now;
 #endif
+}
+
+// One thread: now is when it happened.
+static __device__ __forceinline__ void fate_mark(const fate_cuda_layer & layer, int what) {
+    if (layer.times) {
+        layer.times[what] = static_cast<int64_t>(fate_now_ns());
+    }
 }
 
 // Sums of wide counters: the type that atomics know.

@@ -5,34 +5,142 @@
 #include <algorithm>
 #include <cstring>
 
-fate_cuda_prefetch::fate_cuda_prefetch(int ordinal, size_t n_layers, size_t max_experts, int32_t wanted, float threshold) :
-    n_layers_(n_layers),
+static const int MAX_BLOCKS = 8; // that copy: a pause of one is hidden by the others
+
+fate_cuda_prefetch::fate_cuda_prefetch(int ordinal, const fate_device_config & config, size_t max_experts) :
+    layers_(config.layers),
+    n_layers_(config.layers.size()),
     max_experts_(max_experts),
-    wanted_(wanted),
-    threshold_(threshold) {
-    plans_.allocate(n_layers * sizeof(fate_cuda_plan));
-    waiting_.allocate(n_layers * max_experts);
-    n_demands_.allocate(1);
+    wanted_(config.prefetch_experts),
+    threshold_(config.prefetch_threshold),
+    waits_(config.prefetch_waits),
+    views_(n_layers_),
+    n_chunks_(n_layers_) {
+    plans_.allocate(n_layers_ * sizeof(fate_cuda_plan));
+    waiting_.allocate(n_layers_ * max_experts);
+    words_.allocate(2);
     for (int i = 0; i < 2; ++i) {
         is_planned_[i].create();
+        ended_[i].create();
     }
     settled_.create();
-    ended_.create();
+    see();
     int n_processors = 0;
     FATE_CUDA(cudaDeviceGetAttribute(&n_processors, cudaDevAttrMultiProcessorCount, ordinal));
-    n_blocks_ = std::max(1, std::min(FATE_CUDA_FILL_BLOCKS, n_processors / 4)); // ops find room beside it
-    FATE_CUDA(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking));        // last: nothing may throw behind it
+    n_blocks_   = std::max(1, std::min(MAX_BLOCKS, n_processors / 8)); // ops find room beside it
+    int least   = 0;
+    int highest = 0;                                                   // so that they are not kept waiting for all the blocks of a product
+    FATE_CUDA(cudaDeviceGetStreamPriorityRange(&least, &highest));
+    FATE_CUDA(cudaStreamCreateWithPriority(&side_, cudaStreamNonBlocking, highest));
+    const cudaError_t failed = cudaStreamCreateWithPriority(&planner_, cudaStreamNonBlocking, highest); // last: nothing may throw behind it
+    if (failed != cudaSuccess) {
+        cudaStreamDestroy(side_);
+        FATE_CUDA(failed);
+    }
 }
 
 fate_cuda_prefetch::~fate_cuda_prefetch() {
+    cudaStreamDestroy(planner_);
     cudaStreamDestroy(side_);
 }
 
+// What layers see of others: where it lies on the device.
+void fate_cuda_prefetch::see() {
+    std::vector<int8_t> weights;
+    std::vector<float>  numbers;
+    for (size_t i = 0; i < n_layers_; ++i) {
+        const fate_device_layer & layer = layers_[i];
+        max_embd_                       = std::max(max_embd_, layer.views.empty() ? 0 : layer.n_embd);
+        for (const fate_device_view & view : layer.views) {
+            n_views_ += view.index >= 0;
+            weights.insert(weights.end(), view.weights.begin(), view.weights.end());
+            for (const std::vector<float> * part : { &view.scale, &view.bias, &view.selection_bias }) {
+                numbers.insert(numbers.end(), part->begin(), part->end());
+            }
+        }
+    }
+    if (n_views_ == 0) {
+        return;
+    }
+    sights_.allocate(n_layers_ * sizeof(fate_cuda_sight));
+    inputs_.allocate(n_layers_ * max_embd_);
+    weights_.allocate(std::max<size_t>(weights.size(), 1));
+    numbers_.allocate(std::max<size_t>(numbers.size(), 1));
+    selections_.allocate(n_layers_ * FATE_LOOKAHEAD_LAYERS * max_experts_);
+    FATE_CUDA(cudaMemcpy(weights_.data, weights.data(), weights.size(), cudaMemcpyHostToDevice));
+    FATE_CUDA(cudaMemcpy(numbers_.data, numbers.data(), numbers.size() * sizeof(float), cudaMemcpyHostToDevice));
+    const int8_t * weight = weights_.data;
+    const float *  number = numbers_.data;
+    const auto     take   = [&](const std::vector<float> & part) {
+        const float * at = part.empty() ? nullptr : number;
+        number += part.size();
+        return at;
+    };
+    for (size_t i = 0; i < n_layers_; ++i) {
+        fate_cuda_sight & sight = views_[i];
+        memset(&sight, 0, sizeof(sight));
+        sight.input  = inputs_.data + i * max_embd_;
+        sight.n_embd = layers_[i].n_embd;
+        for (size_t v = 0; v < FATE_LOOKAHEAD_LAYERS; ++v) {
+            fate_cuda_view & view = sight.views[v];
+            view.target           = -1;
+            view.selection        = selections_.data + (i * FATE_LOOKAHEAD_LAYERS + v) * max_experts_;
+            if (v >= layers_[i].views.size()) {
+                continue;
+            }
+            const fate_device_view & from = layers_[i].views[v];
+            for (size_t target = 0; target < n_layers_; ++target) {
+                view.target = layers_[target].index == from.index ? static_cast<int32_t>(target) : view.target;
+            }
+            view.distance            = from.distance;
+            view.gate                = from.gate;
+            view.gate.weights        = weight;
+            view.gate.scale          = take(from.scale);
+            view.gate.bias           = take(from.bias);
+            view.gate.selection_bias = take(from.selection_bias);
+            weight += from.weights.size();
+            n_chunks_[i] += fate_n_chunks(view);
+        }
+    }
+    FATE_CUDA(cudaMemcpy(sights_.data, views_.data(), n_layers_ * sizeof(fate_cuda_sight), cudaMemcpyHostToDevice));
+    n_input_ = fate_input_bytes(max_embd_);
+    for (const void * kernel : { reinterpret_cast<const void *>(fate_fetch), reinterpret_cast<const void *>(fate_look_on) }) {
+        FATE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(n_input_)));
+    }
+}
+
+void fate_cuda_prefetch::foretell(const fate_predictions & predictions, const int64_t * end) {
+    foretold_.allocate(predictions.ids.size());
+    foretold_chances_.allocate(predictions.chances.size());
+    FATE_CUDA(cudaMemcpy(foretold_.data, predictions.ids.data(), predictions.ids.size() * sizeof(int32_t), cudaMemcpyHostToDevice));
+    FATE_CUDA(
+        cudaMemcpy(foretold_chances_.data, predictions.chances.data(), predictions.chances.size() * sizeof(float), cudaMemcpyHostToDevice));
+    for (size_t i = 0; i < n_layers_; ++i) {
+        for (fate_cuda_view & view : views_[i].views) {
+            const auto horizon = std::find(predictions.horizons.begin(), predictions.horizons.end(), view.distance);
+            if (view.target < 0 || horizon == predictions.horizons.end()) {
+                continue;
+            }
+            const size_t at = predictions.at(horizon - predictions.horizons.begin(), layers_[view.target].index);
+            view.ids        = foretold_.data + at;
+            view.chances    = foretold_chances_.data + at;
+            view.end        = end;
+            view.n_tokens   = predictions.n_tokens;
+            view.n_foretold = predictions.m;
+            view.stride     = static_cast<int64_t>(predictions.n_layers) * predictions.m;
+        }
+    }
+    FATE_CUDA(cudaMemcpy(sights_.data, views_.data(), n_layers_ * sizeof(fate_cuda_sight), cudaMemcpyHostToDevice));
+}
+
 void fate_cuda_prefetch::bind(fate_cuda_layer & layer, size_t at) const {
-    layer.plan      = reinterpret_cast<fate_cuda_plan *>(plans_.data) + at;
-    layer.waiting   = waiting_.data + at * max_experts_;
-    layer.n_demands = n_demands_.data;
-    layer.n_pieces  = 0;
+    layer.plan       = reinterpret_cast<fate_cuda_plan *>(plans_.data) + at;
+    layer.sight      = n_chunks_[at] > 0 ? reinterpret_cast<fate_cuda_sight *>(sights_.data) + at : nullptr;
+    layer.waiting    = waiting_.data + at * max_experts_;
+    layer.n_demands  = words_.data;
+    layer.n_posts    = words_.data + 1;
+    layer.is_awaited = waits_;
+    layer.n_pieces   = 0;
     for (int32_t t = 0; t < layer.n_tensors; ++t) {
         layer.n_pieces += fate_n_pieces(layer.tensors[t]);
     }
@@ -40,25 +148,59 @@ void fate_cuda_prefetch::bind(fate_cuda_layer & layer, size_t at) const {
 
 void fate_cuda_prefetch::reset(cudaStream_t stream) {
     FATE_CUDA(cudaStreamSynchronize(side_));
+    FATE_CUDA(cudaStreamSynchronize(planner_));
     is_busy_ = false;
+    worth_.reset();
     FATE_CUDA(cudaMemsetAsync(plans_.data, 0, n_layers_ * sizeof(fate_cuda_plan), stream));
     FATE_CUDA(cudaMemsetAsync(waiting_.data, 0, n_layers_ * max_experts_ * sizeof(int32_t), stream));
-    FATE_CUDA(cudaMemsetAsync(n_demands_.data, 0, sizeof(uint32_t), stream));
+    FATE_CUDA(cudaMemsetAsync(words_.data, 0, 2 * sizeof(uint32_t), stream));
 }
 
-void fate_cuda_prefetch::begin(const fate_cuda_layer * layers, cudaStream_t stream) {
+void fate_cuda_prefetch::begin(const fate_cuda_layer * layers, bool looks, int64_t n_brought, int64_t n_used, cudaStream_t stream) {
     if (is_busy_) {
-        FATE_CUDA(cudaEventRecord(ended_.handle, side_));
-        FATE_CUDA(cudaStreamWaitEvent(stream, ended_.handle, 0));
-        is_busy_ = false;
+        for (int i = 0; i < 2; ++i) {
+            FATE_CUDA(cudaEventRecord(ended_[i].handle, i == 0 ? side_ : planner_));
+            FATE_CUDA(cudaStreamWaitEvent(stream, ended_[i].handle, 0));
+        }
     }
-    fate_settle<<<static_cast<unsigned>((n_layers_ + 31) / 32), 32, 0, stream>>>(layers, static_cast<int32_t>(n_layers_));
+    is_busy_    = false;
+    is_watched_ = false;
+    rests_      = !waits_ && !worth_.begin(n_brought, n_used);
+    looks_      = looks && n_views_ > 0 && !rests_;
+    fate_settle<<<static_cast<unsigned>((n_layers_ + 31) / 32), 32, 0, stream>>>(layers, static_cast<int32_t>(n_layers_), looks_);
     FATE_CUDA(cudaGetLastError());
     FATE_CUDA(cudaEventRecord(settled_.handle, stream));
 }
 
+void fate_cuda_prefetch::look_on(const fate_cuda_layer * layers, size_t from, cudaStream_t stream) {
+    if (waits_ && n_chunks_[from] > 0) {
+        fate_look_on<<<n_chunks_[from], FATE_CUDA_THREADS, n_input_, stream>>>(layers, static_cast<int32_t>(from), threshold_, wanted_);
+        FATE_CUDA(cudaGetLastError());
+    }
+}
+
+void fate_cuda_prefetch::fetch(const fate_cuda_layer * layers, bool stays, cudaStream_t stream) {
+    fate_fetch<<<n_blocks_, FATE_CUDA_THREADS, stays ? n_input_ : 0, stream>>>(layers, static_cast<int32_t>(n_layers_), threshold_, wanted_,
+                                                                               stays);
+    FATE_CUDA(cudaGetLastError());
+}
+
+// Behind the step's graph, so that where streams do not run beside each other it finds nothing left to do.
+void fate_cuda_prefetch::watch(const fate_cuda_layer * layers) {
+    if (!looks_ || waits_) {
+        return;
+    }
+    is_busy_    = true; // before anything that can fail half-way
+    is_watched_ = true;
+    FATE_CUDA(cudaStreamWaitEvent(side_, settled_.handle, 0));
+    fetch(layers, true, side_);
+}
+
 void fate_cuda_prefetch::launch(const fate_cuda_layer * layers, const int32_t * index, const float * chance, size_t n_all, int32_t stride,
-                                bool waits, cudaStream_t stream) {
+                                cudaStream_t stream) {
+    if (rests_) {
+        return;
+    }
     const int    which = static_cast<int>(n_launched_++ % 2);
     const size_t bytes = n_all * stride * sizeof(float);
     if (!chances_[which].data) {
@@ -68,15 +210,16 @@ void fate_cuda_prefetch::launch(const fate_cuda_layer * layers, const int32_t * 
         FATE_CUDA(cudaEventSynchronize(is_planned_[which].handle)); // long done: two launches ago
     }
     memcpy(chances_[which].data, chance, bytes);
-    is_busy_              = !waits; // before anything that can fail half-way
-    const cudaStream_t on = waits ? stream : side_;
-    if (!waits) {
-        FATE_CUDA(cudaStreamWaitEvent(side_, settled_.handle, 0));
+    is_busy_              = is_busy_ || !waits_; // before anything that can fail half-way
+    const cudaStream_t on = waits_ ? stream : is_watched_ ? planner_ : side_;
+    if (!waits_) {
+        FATE_CUDA(cudaStreamWaitEvent(on, settled_.handle, 0));
     }
     fate_plan<<<static_cast<unsigned>(n_layers_), FATE_CUDA_THREADS, 0, on>>>(
         layers, index, reinterpret_cast<float *>(chances_[which].data), stride, threshold_, wanted_);
     FATE_CUDA(cudaGetLastError());
     FATE_CUDA(cudaEventRecord(is_planned_[which].handle, on));
-    fate_fetch<<<n_blocks_, FATE_CUDA_THREADS, 0, on>>>(layers, static_cast<int32_t>(n_layers_));
-    FATE_CUDA(cudaGetLastError());
+    if (!is_watched_) {
+        fetch(layers, false, on);
+    }
 }

@@ -1,32 +1,18 @@
 // Experts brought in beside the running step: planned layer by layer, copied in pieces that are claimed one by one, taken over by the layer's own op.
 //
-// Kernels on another stream plan and copy while the step's graph runs; nothing waits for a kernel that may not have begun. A layer's op closes its gate, so
+// Kernels on other streams plan and copy while the step's graph runs; nothing waits for a kernel that may not have begun. A layer's op closes its gate, so
 // that from then on nobody plans for it. Of what is planned it cancels whatever nobody has begun, which then never was; the rest enters its tables. It copies
 // the unclaimed pieces of those that it needs itself, and waits only for pieces that somebody has claimed, who therefore is running.
 #pragma once
 
 #include "cuda_copy.cuh"
-#include "prefetch.h"
+#include "cuda_lookahead.cuh"
 
-#include <climits>
-
-static const uint32_t FATE_PIECE_UNITS = 4096; // 64 KiB where units are wide
-static const uint32_t FATE_CANCELLED   = 1u << 31;
+static const uint32_t FATE_PIECE_UNITS = 4096;     // 64 KiB where units are wide
+static const uint64_t FATE_IDLE_NS     = 20000000; // without anything to do, after which whoever copies leaves
+static const uint32_t FATE_PAUSE_NS    = 200;
 
 static_assert(FATE_PIECE_UNITS == 4 * FATE_CUDA_THREADS, "a thread copies four units of a piece");
-
-enum fate_gate : uint32_t { FATE_GATE_OPEN, FATE_GATE_PLANNING, FATE_GATE_PLANNED, FATE_GATE_CLOSED };
-
-// Of a layer, in device memory; all zeros: nothing is planned.
-struct fate_cuda_plan {
-    uint32_t      gate;
-    int32_t       n;
-    int32_t       is_taken;                   // the tables have it
-    int32_t       n_waiting;                  // prefetched and not used yet
-    fate_prefetch entries[FATE_PREFETCH_MAX];
-    uint32_t      claimed[FATE_PREFETCH_MAX]; // pieces, or FATE_CANCELLED
-    uint32_t      done[FATE_PREFETCH_MAX];
-};
 
 // What an op knows of the plan; shared memory.
 struct fate_cuda_ahead {
@@ -34,13 +20,10 @@ struct fate_cuda_ahead {
     fate_prefetch entries[FATE_PREFETCH_MAX];
     bool          is_kept[FATE_PREFETCH_MAX];   // not cancelled
     bool          is_needed[FATE_PREFETCH_MAX]; // by the op, and kept
+    bool          is_open[FATE_PREFETCH_MAX];   // not complete, and the op waits for it
     bool          is_late[FATE_PREFETCH_MAX];   // needed, and not complete
     uint32_t      piece;
 };
-
-static __device__ __forceinline__ uint32_t fate_look(const uint32_t & word) {
-    return *const_cast<const volatile uint32_t *>(&word);
-}
 
 static __host__ __device__ inline uint32_t fate_n_pieces(const fate_cuda_tensor & tensor) {
     return (tensor.n_units + FATE_CUDA_LINE_UNITS - 1 + FATE_PIECE_UNITS - 1) / FATE_PIECE_UNITS;
@@ -101,21 +84,27 @@ static __device__ void fate_copy_piece(const fate_cuda_layer & layer, const fate
     }
 }
 
-// Copies what nobody has claimed of an entry. YIELDS: demand misses go first. All threads of the block call it; scratch: shared.
+// Copies what nobody has claimed of an entry. YIELDS: demand misses go first, and it leaves when something else is to be done. All threads of the block call
+// it; scratch: shared.
 template <bool YIELDS>
-static __device__ void fate_copy_unclaimed(const fate_cuda_layer & layer, const fate_prefetch & entry, int at, uint32_t & scratch) {
+static __device__ void fate_copy_unclaimed(const fate_cuda_layer & layer, const fate_prefetch & entry, int at, uint32_t n_posts,
+                                           uint32_t & scratch) {
     while (true) {
         __syncthreads();
         if (threadIdx.x == 0) {
-            while (YIELDS && fate_look(*layer.n_demands) > 0) {
-                __nanosleep(200);
+            bool goes_on = true;
+            while (YIELDS && (goes_on = fate_look(*layer.n_posts) == n_posts) && fate_look(*layer.n_demands) > 0) {
+                __nanosleep(FATE_PAUSE_NS);
             }
-            scratch = atomicAdd(&layer.plan->claimed[at], 1);
+            scratch = goes_on ? atomicAdd(&layer.plan->claimed[at], 1) : FATE_CANCELLED;
         }
         __syncthreads();
         const uint32_t piece = scratch;
         if (piece >= layer.n_pieces) { // or cancelled
             return;
+        }
+        if (piece == 0 && threadIdx.x == 0) {
+            fate_mark(layer, FATE_TIME_BEGUN + at);
         }
         if (layer.ns_per_expert > 0) { // the bytes come when a slower link would have brought them
             const float    ns    = layer.ns_per_expert * static_cast<float>(gridDim.x) / static_cast<float>(layer.n_pieces);
@@ -127,7 +116,9 @@ static __device__ void fate_copy_unclaimed(const fate_cuda_layer & layer, const 
         __syncthreads();
         if (threadIdx.x == 0) {
             __threadfence();
-            atomicAdd(&layer.plan->done[at], 1);
+            if (atomicAdd(&layer.plan->done[at], 1) + 1 == layer.n_pieces) {
+                fate_mark(layer, FATE_TIME_COMPLETE + at);
+            }
         }
     }
 }
@@ -149,126 +140,143 @@ static __device__ __forceinline__ bool fate_end_waiting(const fate_cuda_layer & 
 static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_plan(const fate_cuda_layer * layers, const int32_t * index,
                                                                       const float * chances, int32_t stride, float threshold,
                                                                       int32_t wanted) {
-    __shared__ float     s_chance[FATE_CUDA_MAX_EXPERTS];
-    __shared__ fate_rank s_rank[FATE_CUDA_MAX_EXPERTS]; // by slot
-    __shared__ uint8_t   s_goes[FATE_CUDA_MAX_EXPERTS]; // by slot: 1 free, 2 may be evicted
-    __shared__ uint8_t   s_comes[FATE_CUDA_MAX_EXPERTS];
-    __shared__ int32_t   s_expert[FATE_PREFETCH_MAX];
-    __shared__ int32_t   s_slot[FATE_PREFETCH_MAX];
-    __shared__ bool      s_is_ours;
-
-    const fate_cuda_layer & layer = layers[blockIdx.x];
-    fate_cuda_plan &        plan  = *layer.plan;
-    const int32_t           tid   = static_cast<int32_t>(threadIdx.x);
+    __shared__ fate_cuda_planning s;
+    const fate_cuda_layer &       layer = layers[blockIdx.x];
+    const int32_t                 tid   = static_cast<int32_t>(threadIdx.x);
     // from the host before the gate is held, for which the layer's op would wait
-    const float chance            = tid < layer.n_experts ? chances[static_cast<int64_t>(index[blockIdx.x]) * stride + tid] : 0.0f;
-    if (tid < layer.n_experts) {
-        s_chance[tid] = chance;
-    }
-    __syncthreads();
-    if (tid == 0) {
-        s_is_ours = atomicCAS(&plan.gate, FATE_GATE_OPEN, FATE_GATE_PLANNING) == FATE_GATE_OPEN;
-        __threadfence();
-    }
-    __syncthreads();
-    if (!s_is_ours) {
-        return;
-    }
-    const int32_t most  = fate_prefetch_most(wanted, layer.n_slots, layer.k);
-    const bool    comes = tid < layer.n_experts && chance >= threshold && layer.slot_of[tid] < 0;
-    if (tid < layer.n_experts) {
-        s_comes[tid] = comes;
-    }
-    __syncthreads();
-    const int32_t held = tid < layer.n_slots ? layer.expert_of[tid] : 0;
-    bool          goes = tid < layer.n_slots;
-    if (goes && held >= 0) {
-        fate_table table;
-        table.last_use     = layer.last_use;
-        table.score        = layer.score;
-        table.bonus        = layer.head->bonus;
-        table.published_at = layer.head->published_at;
-        s_rank[tid]        = fate_rule_rank(table, held);
-        goes               = s_chance[held] < threshold;
-    }
-    if (tid < layer.n_slots) {
-        s_goes[tid] = goes ? (held < 0 ? 1 : 2) : 0;
-    }
-    const int32_t n_come = __syncthreads_count(comes);
-    const int32_t n_go   = __syncthreads_count(goes);
-    if (comes) {
-        int32_t before = 0;
-        for (int32_t e = 0; e < layer.n_experts; ++e) {
-            before += s_comes[e] && fate_prefetch_before(s_chance[e], e, chance, tid);
-        }
-        if (before < most) {
-            s_expert[before] = tid;
-        }
-    }
-    if (goes && n_come > 0) {
-        int32_t before = 0;
-        for (int32_t slot = 0; slot < layer.n_slots; ++slot) {
-            const bool is_free = s_goes[slot] == 1;
-            if (s_goes[slot] && slot != tid) {
-                before += held < 0 ? is_free && slot < tid : is_free || fate_rule_before(s_rank[slot], s_rank[tid]);
-            }
-        }
-        if (before < most) {
-            s_slot[before] = tid;
-        }
-    }
-    __syncthreads();
-    const int32_t n = min(min(n_come, n_go), most);
-    if (tid < n) {
-        plan.entries[tid] = { s_expert[tid], s_slot[tid], layer.expert_of[s_slot[tid]] };
-        plan.claimed[tid] = 0;
-        plan.done[tid]    = 0;
-    }
-    __syncthreads();
-    if (tid == 0) {
-        plan.n = n;
-        __threadfence();
-        atomicExch(&plan.gate, FATE_GATE_PLANNED);
-    }
+    const float chance                  = tid < layer.n_experts ? chances[static_cast<int64_t>(index[blockIdx.x]) * stride + tid] : 0.0f;
+    fate_plan_layer(layer, chance, 0, threshold, wanted, s);
 }
 
-// Copies what is planned, in the order of the layers.
-static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_fetch(const fate_cuda_layer * layers, int32_t n_layers) {
-    __shared__ int32_t       s_n;
-    __shared__ uint32_t      s_scratch;
-    __shared__ fate_prefetch s_entry;
-    for (int32_t i = 0; i < n_layers; ++i) {
-        const fate_cuda_layer & layer = layers[i];
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            s_n = fate_look(layer.plan->gate) == FATE_GATE_PLANNED ? layer.plan->n : 0;
+// What a block that copies finds to do; shared memory.
+struct fate_cuda_chores {
+    uint32_t n_posts;
+    int32_t  scores; // the last layer whose input waits to be scored, -1: none
+    int32_t  copies; // the first layer, whose op has not come, that has something to copy, INT_MAX: none
+    int32_t  rests;  // alike, of those whose op has come
+    int32_t  open;   // the first layer whose op has not come
+    uint32_t chunk;
+    int32_t  view;
+    int32_t  n; // entries of the layer that is copied for, as one thread found them
+    bool     is_over;
+};
+
+static __device__ void fate_find_chores(const fate_cuda_layer * layers, int32_t n_layers, fate_cuda_chores & found) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        found = { fate_look(*layers[0].n_posts), -1, INT_MAX, INT_MAX, INT_MAX, 0, 0, 0, false };
+        __threadfence();
+    }
+    __syncthreads();
+    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < n_layers; i += FATE_CUDA_THREADS) {
+        const fate_cuda_plan & plan    = *layers[i].plan;
+        const uint32_t         state   = fate_look(plan.state);
+        const bool             is_open = !(state & FATE_PLAN_CLOSED);
+        const int32_t          n       = fate_n_entries(state);
+        bool                   copies  = false;
+        __threadfence();
+        for (int at = 0; at < n; ++at) {
+            copies = copies || fate_look(plan.claimed[at]) < layers[i].n_pieces;
         }
-        __syncthreads();
-        for (int at = 0; at < s_n; ++at) {
-            __syncthreads();
+        if (copies) {
+            atomicMin(is_open ? &found.copies : &found.rests, i);
+        }
+        if (is_open) {
+            atomicMin(&found.open, i);
+        }
+        const fate_cuda_sight * sight = layers[i].sight;
+        if (sight && fate_look(sight->is_shown)) {
+            for (const fate_cuda_view & view : sight->views) {
+                if (fate_look(view.claimed) < fate_n_chunks(view)) {
+                    atomicMax(&found.scores, i);
+                }
+            }
+        }
+    }
+    __syncthreads();
+}
+
+// Copies what is planned, in the order of the layers. stays: also scores what ops show, until the last op has come.
+static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_fetch(const fate_cuda_layer * layers, int32_t n_layers, float threshold,
+                                                                       int32_t wanted, bool stays) {
+    __shared__ fate_cuda_planning s_planning;
+    __shared__ fate_cuda_chores   s_found;
+    __shared__ uint32_t           s_scratch;
+    __shared__ fate_prefetch      s_entry;
+    uint64_t                      busy_at = fate_now_ns(); // thread 0
+    int32_t                       open    = -1;
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        fate_mark(layers[0], FATE_TIME_WATCHED);
+    }
+    while (true) {
+        fate_find_chores(layers, n_layers, s_found);
+        if (s_found.scores >= 0) {
+            fate_cuda_sight & sight = *layers[s_found.scores].sight;
             if (threadIdx.x == 0) {
-                s_entry = layer.plan->entries[at];
+                s_found.view = -1;
+                for (int v = 0; v < FATE_LOOKAHEAD_LAYERS && s_found.view < 0; ++v) { // the nearest layer first
+                    const uint32_t n = fate_n_chunks(sight.views[v]);
+                    if (fate_look(sight.views[v].claimed) < n && (s_found.chunk = atomicAdd(&sight.views[v].claimed, 1)) < n) {
+                        s_found.view = v;
+                    }
+                }
             }
-            fate_copy_unclaimed<true>(layer, s_entry, at, s_scratch);
+            __syncthreads();
+            if (s_found.view >= 0) {
+                fate_score(layers, sight, s_found.view, s_found.chunk, threshold, wanted, s_planning);
+            }
+            continue;
+        }
+        const int32_t at_layer = s_found.copies != INT_MAX ? s_found.copies : s_found.rests;
+        if (at_layer != INT_MAX) {
+            const fate_cuda_layer & layer = layers[at_layer];
+            if (threadIdx.x == 0) { // a plan may grow meanwhile
+                s_found.n = fate_n_entries(fate_look(layer.plan->state));
+                __threadfence();
+            }
+            __syncthreads();
+            for (int at = 0; at < s_found.n; ++at) {
+                __syncthreads();
+                if (threadIdx.x == 0) {
+                    s_entry = fate_entry(*layer.plan, at);
+                }
+                fate_copy_unclaimed<true>(layer, s_entry, at, s_found.n_posts, s_scratch);
+            }
+            busy_at = fate_now_ns();
+            continue;
+        }
+        if (threadIdx.x == 0) {
+            busy_at         = open != s_found.open ? fate_now_ns() : busy_at;
+            open            = s_found.open;
+            s_found.is_over = !stays || open == INT_MAX || fate_now_ns() - busy_at > FATE_IDLE_NS;
+            __nanosleep(FATE_PAUSE_NS);
+        }
+        __syncthreads();
+        if (s_found.is_over) {
+            if (threadIdx.x == 0) {
+                fate_mark(layers[0], FATE_TIME_LEFT);
+            }
+            return;
         }
     }
 }
 
-// Between steps, one thread a layer: what no op took over enters the tables if it was begun; gates open.
-static __global__ void fate_settle(const fate_cuda_layer * layers, int32_t n_layers) {
+// Between steps, one thread a layer: what no op took over enters the tables if it was begun; gates open. looks: the step to come is of one token whose output is
+// wanted.
+static __global__ void fate_settle(const fate_cuda_layer * layers, int32_t n_layers, bool looks) {
     const int32_t i = static_cast<int32_t>(blockIdx.x * blockDim.x + threadIdx.x);
     if (i >= n_layers) {
         return;
     }
     const fate_cuda_layer & layer = layers[i];
     fate_cuda_plan &        plan  = *layer.plan;
-    const int32_t           n     = plan.gate == FATE_GATE_PLANNED && !plan.is_taken ? plan.n : 0;
+    const int32_t           n     = plan.is_taken ? 0 : fate_n_entries(plan.state);
     for (int32_t at = 0; at < n; ++at) {
         if (plan.claimed[at] == 0 || plan.claimed[at] >= FATE_CANCELLED) {
             continue;
         }
         const fate_prefetch entry = plan.entries[at];
-        if (entry.victim >= 0) {
+        if (entry.victim >= 0) { // which a later entry may have brought again
             layer.slot_of[entry.victim] = -1;
             fate_add(&layer.counters[FATE_COUNTER_EVICTIONS], 1);
             fate_add(&layer.counters[FATE_COUNTER_PREFETCH_WASTED], fate_end_waiting(layer, entry.victim));
@@ -280,9 +288,18 @@ static __global__ void fate_settle(const fate_cuda_layer * layers, int32_t n_lay
         fate_add(&layer.counters[FATE_COUNTER_FILLS], 1);
         fate_add(&layer.counters[FATE_COUNTER_PREFETCHES], 1);
     }
-    plan.n        = 0;
+    plan.state    = 0;
+    plan.nearest  = 0;
     plan.is_taken = 0;
-    plan.gate     = FATE_GATE_OPEN;
+    plan.quiet    = FATE_QUIET_UNKNOWN;
+    if (layer.sight) {
+        layer.sight->is_wanted = looks;
+        layer.sight->is_shown  = 0;
+        for (fate_cuda_view & view : layer.sight->views) {
+            view.claimed = 0;
+            view.arrived = 0;
+        }
+    }
 }
 
 //
@@ -291,12 +308,14 @@ static __global__ void fate_settle(const fate_cuda_layer * layers, int32_t n_lay
 
 // Thread 0: from here on nobody plans. Returns how many entries there are.
 static __device__ int32_t fate_close(fate_cuda_plan & plan) {
-    uint32_t gate = atomicCAS(&plan.gate, FATE_GATE_OPEN, FATE_GATE_CLOSED);
-    while (gate == FATE_GATE_PLANNING) {
-        gate = fate_look(plan.gate);
+    uint32_t state = atomicOr(&plan.state, FATE_PLAN_CLOSED);
+    while (state & FATE_PLAN_PLANNING) { // by a block that is running
+        state = fate_look(plan.state);
     }
-    __threadfence();
-    return gate == FATE_GATE_PLANNED ? *const_cast<volatile int32_t *>(&plan.n) : 0;
+    if (state >= FATE_PLAN_ENTRY) {
+        __threadfence();
+    }
+    return fate_n_entries(state);
 }
 
 // Decides what becomes of the plan, alike in every block, but for what is late, by which nothing is decided: claims only grow, so that whoever looks later
@@ -304,26 +323,38 @@ static __device__ int32_t fate_close(fate_cuda_plan & plan) {
 // after.
 static __device__ void fate_take(const fate_cuda_layer & layer, fate_cuda_ahead & ahead, const int32_t * first, int32_t * slot_of) {
     const int at = threadIdx.x;
-    if (at >= ahead.n) {
+    if (at >= FATE_PREFETCH_MAX) {
         return;
     }
-    fate_cuda_plan & plan = *layer.plan;
-    fate_prefetch    entry;
-    entry.expert           = __ldcg(&plan.entries[at].expert);
-    entry.slot             = __ldcg(&plan.entries[at].slot);
-    entry.victim           = __ldcg(&plan.entries[at].victim);
-    const uint32_t claimed = atomicCAS(&plan.claimed[at], 0, FATE_CANCELLED);
-    const bool     is_kept = claimed != 0 && claimed < FATE_CANCELLED;
+    static_assert(FATE_PREFETCH_MAX == 16, "half a warp");
+    const unsigned   half    = 0xffff;
+    fate_cuda_plan & plan    = *layer.plan;
+    fate_prefetch    entry   = { 0, -1, -1 };
+    bool             is_kept = false;
+    bool             is_open = false;
+    if (at < ahead.n) {
+        entry                  = fate_entry(plan, at);
+        const uint32_t claimed = layer.is_awaited ? 1 : atomicCAS(&plan.claimed[at], 0, FATE_CANCELLED);
+        is_kept                = claimed != 0 && claimed < FATE_CANCELLED;
+        is_open                = is_kept && fate_look(plan.done[at]) < layer.n_pieces;
+    }
+    // an expert that went may have come again by a later entry
+    if (is_kept && entry.victim >= 0) {
+        slot_of[entry.victim] = -1;
+    }
+    __syncwarp(half);
     if (is_kept) {
-        if (entry.victim >= 0) {
-            slot_of[entry.victim] = -1;
-        }
         slot_of[entry.expert] = entry.slot;
     }
-    ahead.entries[at]   = entry;
-    ahead.is_kept[at]   = is_kept;
-    ahead.is_needed[at] = is_kept && first[entry.expert] != INT_MAX;
-    ahead.is_late[at]   = ahead.is_needed[at] && fate_look(plan.done[at]) < layer.n_pieces;
+    __syncwarp(half);
+    if (at < ahead.n) {
+        const bool is_needed = is_kept && first[entry.expert] != INT_MAX;
+        ahead.entries[at]    = entry;
+        ahead.is_kept[at]    = is_kept;
+        ahead.is_needed[at]  = is_needed;
+        ahead.is_open[at]    = is_open && (is_needed || layer.is_awaited);
+        ahead.is_late[at]    = is_open && is_needed && !layer.is_awaited;
+    }
     __threadfence(); // of what is complete the bytes are there
 }
 
@@ -346,19 +377,32 @@ static __device__ __forceinline__ bool fate_is_late(const fate_cuda_ahead & ahea
     return false;
 }
 
-static __device__ __forceinline__ bool fate_any_late(const fate_cuda_ahead & ahead) {
+static __device__ __forceinline__ bool fate_any_open(const fate_cuda_ahead & ahead) {
     bool any = false;
     for (int at = 0; at < ahead.n; ++at) {
-        any = any || ahead.is_late[at];
+        any = any || ahead.is_open[at];
     }
     return any;
 }
 
-// Copies what the op needs and nobody has claimed.
-static __device__ void fate_copy_needed(const fate_cuda_layer & layer, fate_cuda_ahead & ahead) {
+// All threads: whether nothing is to be copied or waited for, as the first block found it, so that all say the same: what is complete stays so.
+static __device__ bool fate_is_quiet(const fate_cuda_layer & layer, fate_cuda_ahead & ahead, bool misses) {
+    if (threadIdx.x == 0) {
+        const uint32_t own   = misses || fate_any_open(ahead) ? FATE_QUIET_NO : FATE_QUIET_YES;
+        const uint32_t found = atomicCAS(&layer.plan->quiet, FATE_QUIET_UNKNOWN, own);
+        ahead.piece          = found == FATE_QUIET_UNKNOWN ? own : found;
+    }
+    __syncthreads();
+    const bool is_quiet = ahead.piece == FATE_QUIET_YES;
+    __syncthreads();
+    return is_quiet;
+}
+
+// Copies what the op waits for and nobody has claimed.
+static __device__ void fate_copy_open(const fate_cuda_layer & layer, fate_cuda_ahead & ahead) {
     for (int at = 0; at < ahead.n; ++at) {
-        if (ahead.is_late[at]) {
-            fate_copy_unclaimed<false>(layer, ahead.entries[at], at, ahead.piece);
+        if (ahead.is_open[at]) {
+            fate_copy_unclaimed<false>(layer, ahead.entries[at], at, 0, ahead.piece);
         }
     }
 }
@@ -374,7 +418,7 @@ static __device__ int2 fate_enter(const fate_cuda_layer & layer, const fate_cuda
         for (int i = 0; i < ahead.n; ++i) {
             waited = waited || ahead.is_late[i];
 #if !defined(FATE_FAULT_NOT_AWAITED)
-            while (ahead.is_late[i] && fate_look(plan.done[i]) < layer.n_pieces) {
+            while (ahead.is_open[i] && fate_look(plan.done[i]) < layer.n_pieces) {
             }
 #endif
         }
@@ -393,11 +437,12 @@ static __device__ int2 fate_enter(const fate_cuda_layer & layer, const fate_cuda
         n_all.x += ahead.is_kept[i];
         n_all.y += ahead.is_kept[i] && ahead.entries[i].victim >= 0;
     }
-    if (at < ahead.n && ahead.is_kept[at]) {
+    const bool is_kept = at < ahead.n && ahead.is_kept[at];
+    if (is_kept) {
         const fate_prefetch entry = ahead.entries[at];
         fate_add(&layer.counters[FATE_COUNTER_PREFETCHES], 1);
         fate_add(&layer.counters[FATE_COUNTER_FILLS], 1);
-        if (entry.victim >= 0) {
+        if (entry.victim >= 0) { // which may have come again by a later entry
             layer.slot_of[entry.victim] = -1;
             fate_add(&layer.counters[FATE_COUNTER_EVICTIONS], 1);
             fate_add(&layer.counters[FATE_COUNTER_PREFETCH_WASTED], fate_end_waiting(layer, entry.victim));
@@ -405,6 +450,10 @@ static __device__ int2 fate_enter(const fate_cuda_layer & layer, const fate_cuda
                 layer.evictions[n_evicted] = entry.victim;
             }
         }
+    }
+    __syncthreads();
+    if (is_kept) {
+        const fate_prefetch entry   = ahead.entries[at];
         layer.expert_of[entry.slot] = entry.expert;
         layer.slot_of[entry.expert] = entry.slot;
         if (layer.step) {

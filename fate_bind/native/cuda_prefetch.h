@@ -3,42 +3,76 @@
 
 #include "cuda_bulk.h"
 #include "cuda_launch.h"
+#include "device.h"
+#include "worth.h"
 
 #include <vector>
 
 struct fate_cuda_plan;
+struct fate_cuda_sight;
 
 class fate_cuda_prefetch {
 public:
-    // wanted: at most so many experts of a layer and token.
-    fate_cuda_prefetch(int ordinal, size_t n_layers, size_t max_experts, int32_t wanted, float threshold);
+    fate_cuda_prefetch(int ordinal, const fate_device_config & config, size_t max_experts);
     ~fate_cuda_prefetch();
 
     // Points a layer at its part.
     void bind(fate_cuda_layer & layer, size_t at) const;
 
+    bool looks() const { return n_views_ > 0; }
+
+    // In place of what layers see; end: of the rows of the step at hand, on the device.
+    void foretell(const fate_predictions & predictions, const int64_t * end);
+
     void reset(cudaStream_t stream);
-    // A step is about to be enqueued, outside of a capture: what the one before left is settled.
-    void begin(const fate_cuda_layer * layers, cudaStream_t stream);
-    // chance[n_all][stride], by index, for the step begun last. waits: its layers run when all is copied, else beside the copies.
-    void launch(const fate_cuda_layer * layers, const int32_t * index, const float * chance, size_t n_all, int32_t stride, bool waits,
+    // A step is about to be enqueued, outside of a capture: what the one before left is settled. looks: layers tell of later ones in it. n_brought, n_used: experts
+    // so far, as far as known.
+    void begin(const fate_cuda_layer * layers, bool looks, int64_t n_brought, int64_t n_used, cudaStream_t stream);
+    // Behind the op of a layer that sees others, where steps wait. May be captured.
+    void look_on(const fate_cuda_layer * layers, size_t from, cudaStream_t stream);
+    // The step was enqueued: layers are looked after beside it, where it looks and does not wait.
+    void watch(const fate_cuda_layer * layers);
+    // chance[n_all][stride], by index, for the step begun last.
+    void launch(const fate_cuda_layer * layers, const int32_t * index, const float * chance, size_t n_all, int32_t stride,
                 cudaStream_t stream);
 
 private:
-    const size_t  n_layers_;
-    const size_t  max_experts_;
-    const int32_t wanted_;
-    const float   threshold_;
+    void see();
+    void fetch(const fate_cuda_layer * layers, bool stays, cudaStream_t stream);
 
-    device_array<char>     plans_;
-    device_array<int32_t>  waiting_; // [layer][max_experts]
-    device_array<uint32_t> n_demands_;
-    pinned_buffer          chances_[2];
-    fate_cuda_event        is_planned_[2]; // the buffer is free again
-    int64_t                n_launched_ = 0;
-    fate_cuda_event        settled_;
-    fate_cuda_event        ended_;
-    bool                   is_busy_  = false; // the side stream has something of the step at hand
-    int                    n_blocks_ = 0;     // that copy
-    cudaStream_t           side_     = nullptr;
+    const std::vector<fate_device_layer> layers_;
+    const size_t                         n_layers_;
+    const size_t                         max_experts_;
+    const int32_t                        wanted_;
+    const float                          threshold_;
+    const bool                           waits_;
+
+    device_array<char>           plans_;
+    device_array<char>           sights_;
+    std::vector<fate_cuda_sight> views_;    // as they are on the device
+    std::vector<unsigned>        n_chunks_; // by layer, of all its views
+    size_t                       n_views_ = 0;
+    device_array<float>          inputs_;
+    device_array<float>          selections_;
+    device_array<int8_t>         weights_;
+    device_array<float>          numbers_;      // of routers: scales and biases
+    int32_t                      max_embd_ = 0;
+    size_t                       n_input_  = 0; // bytes of shared memory for what a layer's router reads
+    device_array<int32_t>        foretold_;
+    device_array<float>          foretold_chances_;
+    device_array<int32_t>        waiting_;       // [layer][max_experts]
+    device_array<uint32_t>       words_;         // n_demands, n_posts
+    pinned_buffer                chances_[2];
+    fate_cuda_event              is_planned_[2]; // the buffer is free again
+    int64_t                      n_launched_ = 0;
+    fate_cuda_event              settled_;
+    fate_cuda_event              ended_[2];
+    fate_worth                   worth_;
+    bool                         rests_      = false;   // prefetch does, in the step at hand
+    bool                         looks_      = false;   // in the step at hand
+    bool                         is_watched_ = false;   // the side stream stays with it
+    bool                         is_busy_    = false;   // the streams have something of it
+    int                          n_blocks_   = 0;       // that copy
+    cudaStream_t                 side_       = nullptr;
+    cudaStream_t                 planner_    = nullptr; // beside the side stream where that stays
 };

@@ -44,6 +44,8 @@ public:
         FATE_CUDA(cudaDeviceSynchronize());
     }
 
+    const int64_t * end() const override { return end_.data; }
+
 private:
     const int             ordinal_;
     const int32_t         n_tokens_, n_layers_, k_;

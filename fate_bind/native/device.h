@@ -5,7 +5,9 @@
 // that copy.
 #pragma once
 
+#include "lookahead.h"
 #include "record.h"
+#include "routing.h"
 #include "service.h"
 
 #include "ggml-backend.h"
@@ -32,12 +34,25 @@ struct fate_device_asks {
     int64_t waited_ns;  // by the GPU
 };
 
+// A later layer as an earlier one sees it: by its router, applied to what the earlier one's reads.
+struct fate_device_view {
+    int32_t             index    = -1; // of the later layer, among all layers; -1: none
+    int32_t             distance = 0;
+    fate_gate           gate     = {}; // its pointers are those of the vectors
+    std::vector<int8_t> weights;
+    std::vector<float>  scale;
+    std::vector<float>  bias;
+    std::vector<float>  selection_bias;
+};
+
 struct fate_device_layer {
     int32_t                         index; // among all layers
     int32_t                         n_experts;
     int32_t                         k;
     int32_t                         n_slots;
     std::vector<fate_device_tensor> tensors;
+    std::vector<fate_device_view>   views;      // by horizon, the nearest layer first; empty: it sees nothing
+    int32_t                         n_embd = 0; // of what its router reads
 };
 
 // Memory that layers read experts from.
@@ -54,9 +69,9 @@ public:
     virtual void reset() = 0;
 
     // What failed, "" if nothing.
-    // first_is_bulk: the first layer's op will be split.
-    virtual std::string begin(int32_t n_tokens, bool first_is_bulk)                   = 0;
-    // The launcher of a layer's op. src[0]: ids, src[2]: router weights or null. Throws fate_error.
+    // first_is_bulk: the first layer's op will be split. looks: the step is of one token whose output is wanted, and layers tell of later ones.
+    virtual std::string begin(int32_t n_tokens, bool first_is_bulk, bool looks)       = 0;
+    // The launcher of a layer's op. src[0]: ids, src[2]: router weights or null, src[3]: what the router read or null. Throws fate_error.
     virtual void launch(size_t layer, uint8_t path, ggml_tensor * dst, void * stream) = 0;
 
     // Whether a staged op of so many rows is better split into an op for the ids and one for each large tensor, which are never captured: the copy engine
@@ -73,12 +88,18 @@ public:
     // Acts behind what is enqueued. scores[n_layers][stride], by index among all layers; null: zeros. behind: as in fate_layer.
     virtual void publish(const float * scores, int32_t stride, const float * bonus, bool behind) = 0;
 
-    // Brings in what chance[n_layers][stride] makes likely for the step of one token begun last: waited for before its layers run, or as far as the copies
-    // come before them. By index among all layers. What failed, "" if nothing.
-    virtual std::string prefetch(const float * chance, int32_t stride, bool waits) = 0;
+    // Brings in what chance[n_layers][stride] makes likely for the step of one token begun last: before its layers run where steps wait, else as far as the
+    // copies come before them. By index among all layers. What failed, "" if nothing.
+    virtual std::string prefetch(const float * chance, int32_t stride) = 0;
+
+    // In place of what routers say of later layers; router: that replays the routing of these layers.
+    virtual void foretell(const fate_predictions & predictions, const fate_router & router) = 0;
 
     // Of the last step that was ended; [layer of this device][FATE_N_COUNTERS].
     virtual void get_counters(std::vector<int64_t> & counters) const = 0;
+
+    // Of the newest step, [layer of this device][FATE_N_TIMES], empty if they are not kept; waits for it.
+    virtual void get_times(std::vector<int64_t> & times) const = 0;
 
     // Launches so far, and those of them that went into a captured graph.
     virtual void get_launches(int64_t & launches, int64_t & captures) const = 0;
@@ -95,16 +116,19 @@ public:
 
 struct fate_device_config {
     std::vector<fate_device_layer> layers;
-    std::vector<fate_host_range>   ranges;                 // to page-lock
-    bool                           page_lock;              // false: ranges stay as they are
-    int32_t                        max_tokens;             // of a step
-    bool                           wants_steps;            // records are collected
-    bool                           weights;                // with router weights
-    fate_asker *                   asker;                  // callback mode: outlives the device; null: table mode
-    int64_t                        timeout_ns;             // of an answer
-    int32_t                        prefetch_experts   = 0; // at most so many of a layer and token, 0: none
-    float                          prefetch_threshold = 0; // the least chance worth a copy
-    double                         throttle           = 0; // bytes a second at which misses are filled at most, 0: as many as come
+    std::vector<fate_host_range>   ranges;                     // to page-lock
+    bool                           page_lock;                  // false: ranges stay as they are
+    int32_t                        max_tokens;                 // of a step
+    bool                           wants_steps;                // records are collected
+    bool                           weights;                    // with router weights
+    fate_asker *                   asker;                      // callback mode: outlives the device; null: table mode
+    int64_t                        timeout_ns;                 // of an answer
+    int32_t                        prefetch_experts   = 0;     // at most so many of a layer and token, 0: none
+    float                          prefetch_threshold = 0;     // the least chance worth a copy
+    bool                           prefetch_waits     = false; // steps wait for all that is planned
+    std::vector<int32_t>           horizons;                   // of which the record is told
+    bool                           times    = false;           // are kept
+    double                         throttle = 0;               // bytes a second at which misses are filled at most, 0: as many as come
 };
 
 // Why layers on this device cannot be served, "" if they can.

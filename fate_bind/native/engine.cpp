@@ -23,7 +23,8 @@ fate_engine::fate_engine(llama_context & ctx, std::shared_ptr<const fate_setting
     callback_(config_.mode == FATE_MODE_CALLBACK),
     sync_(config_.sync || callback_),
     wants_steps_(config_.scores || config_.record || callback_),
-    routing_(fate_current_routing()) {
+    routing_(fate_current_routing()),
+    predictions_(routing_ ? fate_current_predictions() : nullptr) {
     char name[256] = "";
     llama_model_meta_val_str(&ctx.get_model(), "general.name", name, sizeof(name));
     model_name_ = name;
@@ -59,6 +60,16 @@ void fate_engine::open_routers() {
             routers_.push_back(fate_router_open(b->route_dev, routing_));
             b->router          = routers_.back().get();
             b->is_first_routed = true;
+        }
+    }
+}
+
+// In place of what routers say of later layers.
+void fate_engine::foretell() {
+    for (auto & device : devices_) {
+        const block & first = first_of(*device);
+        if (predictions_ && looks() && first.router) {
+            device->foretell(*predictions_, *first.router);
         }
     }
 }
@@ -119,6 +130,8 @@ void fate_engine::settle() {
     if (!engaged_ && config_.require && !fate_registry_any_engaged()) {
         throw fate_error(FATE_STATUS_MODEL, "not engaged because " + reason_);
     }
+    foretell();
+    blind_ = why_blind();
     open();
     stage_ = stage::SETTLED;
     fate_set_engine_error(FATE_STATUS_OK, "");
@@ -188,7 +201,7 @@ void fate_engine::ubatch_begin(const llama_ubatch & ubatch) {
         for (auto & device : devices_) {
             const int32_t     n_tokens = static_cast<int32_t>(ubatch.n_tokens);
             const bool        again    = first_of(*device).n_bulk_rows == n_tokens; // then the newest graph, or one like it, runs
-            const std::string why      = device->begin(n_tokens, again);
+            const std::string why      = device->begin(n_tokens, again, looks_now());
             error_                     = why.empty() ? error_ : why;
         }
         if (sync_) {
@@ -397,6 +410,7 @@ fate_info fate_engine::info() const {
     info.pool_bytes                = pool_bytes_;
     info.gpu_nodes                 = graph_nodes_;
     info.bounced                   = bounced_.c_str();
+    info.blind                     = blind_.c_str();
     for (const auto & device : devices_) {
         int64_t launches = 0;
         int64_t captures = 0;
@@ -424,6 +438,23 @@ void fate_engine::get_counters(int64_t * out, size_t n) const {
         for (size_t i = 0; i < blocks_.size(); ++i) {
             if (blocks_[i]->device == device.get()) {
                 std::copy_n(there.data() + blocks_[i]->at * FATE_N_COUNTERS, FATE_N_COUNTERS, out + i * FATE_N_COUNTERS);
+            }
+        }
+    }
+}
+
+void fate_engine::get_times(int64_t * out, size_t n) const {
+    if (n != blocks_.size() * FATE_N_TIMES) {
+        throw fate_error(FATE_STATUS_INVALID,
+                         fate_format("n_times %zu: expected n_layers x FATE_N_TIMES = %zu", n, blocks_.size() * FATE_N_TIMES));
+    }
+    std::fill_n(out, n, 0);
+    std::vector<int64_t> there;
+    for (const auto & device : devices_) {
+        device->get_times(there);
+        for (size_t i = 0; i < blocks_.size() && !there.empty(); ++i) {
+            if (blocks_[i]->device == device.get()) {
+                std::copy_n(there.data() + blocks_[i]->at * FATE_N_TIMES, FATE_N_TIMES, out + i * FATE_N_TIMES);
             }
         }
     }

@@ -62,6 +62,7 @@ struct fate_engine final : llama_engine_i, private fate_asker {
     void      check() const;
     fate_info info() const;
     void      get_counters(int64_t * out, size_t n) const;
+    void      get_times(int64_t * out, size_t n) const;
 
     const llama_context & context() const { return ctx_; }
 
@@ -82,27 +83,34 @@ private:
 
     // one MoE block of the model
     struct block {
-        std::vector<ggml_tensor *>  sources; // what is indexed by expert
-        int32_t                     n_experts;
-        int32_t                     k;
-        std::string                 refused;                   // why it cannot be served, "" if it can
-        ggml_backend_dev_t          dev;                       // that runs the layer, null: the CPU
-        ggml_backend_dev_t          route_dev = nullptr;       // where its routing is replayed: where its router is
-        int32_t                     n_slots   = 0;             // 0: not engaged
-        bool                        is_whole  = false;         // every expert is on the GPU
-        int32_t                     max_rows  = INT32_MAX;     // of the pool path
-        std::unique_ptr<fate_layer> layer;                     // engaged on the CPU
-        fate_device *               device          = nullptr; // engaged on a GPU
-        size_t                      at              = 0;       // its place there
-        fate_router *               router          = nullptr; // routing replay
-        bool                        is_first_routed = false;   // of its router's layers
-        op                          pool_op;
-        op                          other_op;                  // staged on a GPU, bypassed on the CPU
-        op                          route_op;
-        op                          bulk_op;                   // staged on a GPU, with an op for each large tensor
-        std::vector<op>             part_ops;                  // by tensor
-        int32_t                     n_bulk_rows = 0;           // in the newest graph, 0: it is not split
-        const block *               next        = nullptr;     // on the same GPU
+        std::vector<ggml_tensor *>    sources; // what is indexed by expert
+        int32_t                       n_experts;
+        int32_t                       k;
+        std::string                   refused;                   // why it cannot be served, "" if it can
+        ggml_backend_dev_t            dev;                       // that runs the layer, null: the CPU
+        ggml_backend_dev_t            route_dev = nullptr;       // where its routing is replayed: where its router is
+        int32_t                       n_slots   = 0;             // 0: not engaged
+        bool                          is_whole  = false;         // every expert is on the GPU
+        int32_t                       max_rows  = INT32_MAX;     // of the pool path
+        std::unique_ptr<fate_layer>   layer;                     // engaged on the CPU
+        fate_device *                 device          = nullptr; // engaged on a GPU
+        size_t                        at              = 0;       // its place there
+        fate_router *                 router          = nullptr; // routing replay
+        bool                          is_first_routed = false;   // of its router's layers
+        op                            pool_op;
+        op                            other_op;                  // staged on a GPU, bypassed on the CPU
+        op                            route_op;
+        op                            bulk_op;                   // staged on a GPU, with an op for each large tensor
+        std::vector<op>               part_ops;                  // by tensor
+        const ggml_tensor *           gate_inp       = nullptr;  // null: not known how it selects
+        const ggml_tensor *           gate_bias      = nullptr;  // of its logits
+        const ggml_tensor *           selection_bias = nullptr;  // of what is selected by
+        bool                          is_sigmoid     = false;    // of the logits is selected by
+        std::string                   why_blind;                 // why not
+        const ggml_tensor *           norm = nullptr;            // weights of the norm before it, null: not known
+        std::vector<fate_device_view> views;                     // what it sees of later layers
+        int32_t                       n_bulk_rows = 0;           // in the newest graph, 0: it is not split
+        const block *                 next        = nullptr;     // on the same GPU
     };
 
     friend class fate_engine_io;
@@ -152,11 +160,27 @@ private:
     void        open();
     void        publish();
     bool        expect(bool asks_scores, bool asks_chances);
+    void        find_gate(block & b, const llama_moe_args & args);
+    bool        looks() const;
+    bool        looks_now() const;
+    bool        sees(int32_t layer) const;
+    static bool shows(const llama_moe_args & args);
+    std::string why_blind() const;
+    void        open_views();
+    void        foretell();
+    void        look_on(int32_t layer, const float * input);
+    void        note_chances(int32_t layer, size_t at, const std::vector<float> & chance);
     void        prefetch();
-    void        seed();
-    bool        deliver(int32_t which);
-    void        fail_policy();
-    void        snapshot();
+    void        prefetch(int32_t layer, const float * chance);
+
+    static void                   see(const block & from, const block & to, fate_device_view & view);
+    std::vector<int32_t>          distances() const;
+    std::vector<fate_device_view> views_of(int32_t layer) const;
+
+    void seed();
+    bool deliver(int32_t which);
+    void fail_policy();
+    void snapshot();
 
     template <typename F> bool call(F callback);
 
@@ -172,7 +196,9 @@ private:
     std::unordered_map<const ggml_tensor *, block *> block_of_; // by down weights
     fate_pool                                        pool_;
     std::vector<std::unique_ptr<fate_device>>        devices_;
-    std::shared_ptr<const fate_routing>              routing_; // null: the model's own
+    std::shared_ptr<const fate_routing>              routing_;     // null: the model's own
+    std::shared_ptr<const fate_predictions>          predictions_; // null: of routers
+    std::string                                      blind_;       // why no layer tells of later ones
     std::vector<std::unique_ptr<fate_router>>        routers_;
 
     std::atomic<bool> engaged_{ false };

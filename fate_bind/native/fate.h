@@ -81,6 +81,25 @@ enum {
     FATE_N_COUNTERS                 = 17,
 };
 
+// When things of a layer happened in the newest step, in nanoseconds of the GPU's clock, 0: not at all.
+enum fate_time {
+    FATE_TIME_OP_BEGAN  = 0,  // the layer's op has its ids
+    FATE_TIME_OP_COPIES = 1,  // it knows what it lacks
+    FATE_TIME_OP_DONE   = 2,  // it has it
+    FATE_TIME_PLANNED   = 3,  // the first plan for the layer
+    FATE_TIME_WATCHED   = 4,  // whoever copies beside the step has come; of a device's first layer
+    FATE_TIME_LEFT      = 5,  // and gone
+    FATE_TIME_BEGUN     = 6,  // [16] the copy of an expert that was planned
+    FATE_TIME_COMPLETE  = 22, // [16]
+    FATE_N_TIMES        = 38,
+};
+
+// What predicts.
+enum fate_prefetch_from {
+    FATE_PREFETCH_TOKEN = 1, // the policy, at the token's start; needs fate_config.expects
+    FATE_PREFETCH_LAYER = 2, // the routers of the next layers, given what a layer's own router reads
+};
+
 typedef struct fate_engine  fate_engine;  // one for each llama.cpp context made while FATE is configured
 typedef struct fate_model   fate_model;   // a loaded model
 typedef struct fate_context fate_context; // a context of ours on it
@@ -112,6 +131,13 @@ typedef struct fate_step {
     const int32_t * fills;     // [n_fills][2] (layer, expert), in order
     int32_t         n_evictions;
     const int32_t * evictions; // [n_evictions][2] (layer, expert), in order
+
+    // What layers before told of each layer: the experts of which something is known, likeliest first; n_horizons 0: nothing is recorded.
+    int32_t         n_horizons;
+    const int32_t * horizons;      // how many layers before, the farthest first
+    int32_t         n_ahead;
+    const int32_t * ahead_ids;     // [n_tokens][n_layers][n_horizons][n_ahead], -1: none
+    const float *   ahead_chances; // like ahead_ids
 } fate_step;
 
 // Callbacks run on the thread that decodes, which need not be the one that called in; on_miss for layers on a GPU on a thread of the engine's own, but
@@ -148,7 +174,7 @@ typedef struct fate_config {
     int32_t sync;                 // 1: records of step t are handed over at its end, 0: one step later; callback mode is always sync
     int32_t scores;               // 1: the policy publishes scores (call on_step)
     int32_t expects;              // 1: it wants to know the tokens that come (call on_expect too)
-    int32_t prefetch;             // 1: the policy predicts; in table mode, with expects, without stage_all
+    int32_t prefetch;             // FATE_PREFETCH_*, together; in table mode, without stage_all
     int32_t prefetch_experts;     // at most so many of a layer and token
     float   prefetch_threshold;   // the least chance worth a copy
     int32_t record;               // 1: routing is recorded (call on_step)
@@ -163,6 +189,7 @@ typedef struct fate_config {
     int64_t         vram_bytes;  // FATE_SLOTS_AUTO: counts on a card of this size, 0: on all that the card has
     int64_t         vram_margin; // FATE_SLOTS_AUTO: bytes of each card to leave free
     int32_t         stage_all;   // 1: on a GPU every step is staged, also a small one: a reference that needs few slots
+    int32_t         times;       // for benchmarks: 1: the times of what a GPU does are kept
     double          throttle;    // for benchmarks: bytes a second at which a GPU's misses are filled at most, 0: as many as come
     fate_open_fn    on_open;     // each may be null
     fate_step_fn    on_step;
@@ -186,6 +213,7 @@ typedef struct fate_info {
     int64_t       gpu_captures; // of these, into a graph: replays of it launch without the host
     int64_t       gpu_nodes;    // of the newest captured graph, up to the last op of ours in it
     const char *  bounced;  // why a GPU's experts go through a ring of pinned memory, which is slower; "" if it reads them where they are
+    const char *  blind;    // FATE_PREFETCH_LAYER: why no layer tells of later ones, "" if some do
     int64_t       gpu_asks; // callback mode: misses about which a GPU asked
     int64_t       gpu_timeouts; // of these, not answered in time: LRU decided
     int64_t       gpu_ask_us;   // that GPUs waited for answers
@@ -207,10 +235,18 @@ FATE_API int32_t fate_configure(const fate_config * config);
 // null: no longer. Copied; ids are distinct within a token and below n_experts.
 FATE_API int32_t fate_replay_routing(const int32_t * ids, int32_t n_tokens, int32_t n_layers, int32_t k);
 
+// For benchmarks, beside fate_replay_routing: contexts made from now on that prefetch by FATE_PREFETCH_LAYER and replay routing are told of the layer l,
+// when the layer horizons[i] before it runs, ids[i][token][l][m] with chances alike in place of what its router says. ids: -1: none, likeliest first, each once.
+// The row is that of the routing. At most two horizons, from the farthest to the nearest, 1 to 8. null: no longer. Copied.
+FATE_API int32_t fate_replay_predictions(const int32_t * ids, const float * chances, int32_t n_horizons, const int32_t * horizons,
+                                         int32_t n_tokens, int32_t n_layers, int32_t m);
+
 // Any thread, between on_open and the return of on_close. Counters are those of the last finished step.
 FATE_API int32_t fate_engine_get_info(const fate_engine * engine, fate_info * info);
 FATE_API int32_t fate_engine_get_counters(const fate_engine * engine, int64_t * counters /* [n_layers][FATE_N_COUNTERS] */,
                                           size_t n_counters);
+// Of the newest step, with fate_config.times; waits for it. Layers that no GPU serves have zeros. Decode thread.
+FATE_API int32_t fate_engine_get_times(const fate_engine * engine, int64_t * times /* [n_layers][FATE_N_TIMES] */, size_t n_times);
 // Hands over the record that is held back without sync, so that nothing is missing from what was recorded. Decode thread.
 FATE_API int32_t fate_engine_flush(fate_engine * engine);
 // Of a context that replays routing: its next step takes the rows from this one on. Decode thread, no step under way.

@@ -1,5 +1,6 @@
 // Where graphs are built and run: finds the MoE blocks, puts the custom ops in, runs them.
 #include "engine.h"
+#include "engine_io.h"
 #include "status.h"
 
 #include "llama-context.h"
@@ -8,39 +9,6 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-
-// What a decision causes.
-class fate_engine_io final : public fate_layer_io {
-public:
-    fate_engine_io(fate_engine & engine, int32_t layer) : engine_(engine), layer_(layer) {}
-
-    bool ask(const std::vector<int32_t> & needed, const std::vector<int32_t> & missing, const int64_t * last_use, int32_t n,
-             int32_t * victims) override {
-        const fate_miss miss = {
-            layer_, static_cast<int32_t>(needed.size()), needed.data(), static_cast<int32_t>(missing.size()), missing.data(), last_use, n
-        };
-        return engine_.ask(miss, victims);
-    }
-
-    void reject() override { engine_.reject(); }
-
-    void evict(int32_t expert) override {
-        if (engine_.wants_steps_) {
-            engine_.record_[engine_.current_].add_eviction(layer_, expert);
-        }
-    }
-
-    void fill(int32_t expert, int32_t slot) override {
-        engine_.pool_.fill(layer_, expert, slot);
-        if (engine_.wants_steps_) {
-            engine_.record_[engine_.current_].add_fill(layer_, expert);
-        }
-    }
-
-private:
-    fate_engine & engine_;
-    int32_t       layer_;
-};
 
 // Everything in args that is indexed by expert, null where the model has none.
 static std::array<ggml_tensor **, 11> expert_tensors(llama_moe_args & args) {
@@ -102,6 +70,8 @@ void fate_engine::find(llama_moe_args & args) {
             b->max_rows = std::min(b->max_rows, fate_device_max_rows(b->dev, weights->type));
         }
     }
+
+    find_gate(*b, args);
 
     const int32_t layer  = static_cast<int32_t>(blocks_.size());
     b->pool_op           = { this, layer, FATE_PATH_POOL };
@@ -169,6 +139,9 @@ void fate_engine::build_moe(ggml_context * ctx0, ggml_cgraph * gf, llama_moe_arg
     const bool is_eager = !pooled && record_[current_].n_tokens() > b.max_rows;
     args.ids            = add_op(ctx0, k, n_rows, args.ids, anchor, weights, pooled ? b.pool_op : b.other_op, is_eager);
     ggml_format_name(args.ids, pooled ? "fate_slots-%d" : "fate_staged-%d", args.il);
+    if (pooled && sees(b.pool_op.layer) && shows(args)) {
+        args.ids->src[3] = args.cur;
+    }
     for (ggml_tensor ** tensor : expert_tensors(args)) {
 #if defined(FATE_FAULT_BIAS_NOT_POOLED)
         if (tensor == &args.up_b || tensor == &args.gate_b || tensor == &args.down_b || tensor == &args.gate_up_b) {
@@ -302,6 +275,9 @@ void fate_engine::run(int32_t layer, uint8_t path, ggml_tensor * dst) {
             std::swap(slots[0], slots[1]);
         }
 #endif
+        if (dst->src[3]) {
+            look_on(layer, static_cast<const float *>(dst->src[3]->data));
+        }
     } else {
         l.bypass(ids);
     }
@@ -337,25 +313,5 @@ void fate_engine::seed() {
             fate_engine_io io(*this, static_cast<int32_t>(i));
             blocks_[i]->layer->seed(callback_, io);
         }
-    }
-}
-
-// Has layers bring in what the step at hand is predicted to use: before it with sync, else beside it, which only a GPU can.
-void fate_engine::prefetch() {
-    if (!predicted_) {
-        return;
-    }
-    predicted_ = false;
-    for (size_t i = 0; i < blocks_.size(); ++i) {
-        if (blocks_[i]->layer && sync_) {
-            const block &  b = *blocks_[i];
-            fate_engine_io io(*this, static_cast<int32_t>(i));
-            b.layer->prefetch(&chances_[i * max_experts_], config_.prefetch_threshold,
-                              fate_prefetch_most(config_.prefetch_experts, b.n_slots, b.k), io);
-        }
-    }
-    for (auto & device : devices_) {
-        const std::string why = device->prefetch(chances_.data(), max_experts_, sync_);
-        error_                = why.empty() ? error_ : why;
     }
 }

@@ -32,7 +32,7 @@ void fate_engine::measure() {
     tried_.assign(gpus_.size(), 0);
     scores_.resize(blocks_.size() * static_cast<size_t>(max_experts_));
     bonus_.resize(blocks_.size());
-    if (config_.prefetch && config_.mode == FATE_MODE_TABLE && !config_.stage_all) {
+    if ((config_.prefetch & FATE_PREFETCH_TOKEN) != 0 && config_.mode == FATE_MODE_TABLE && !config_.stage_all) {
         chances_.resize(scores_.size());
     }
 }
@@ -118,6 +118,7 @@ void fate_engine::engage() {
             if (!pool_.allocate(n_placed)) {
                 throw fate_error(FATE_STATUS_MEMORY, no_memory());
             }
+            open_views();
             open_devices();
             return;
         } catch (const fate_error & e) {
@@ -187,9 +188,15 @@ void fate_engine::open_devices() {
         config.wants_steps = wants_steps_;
         config.weights     = config_.weights != 0;
         config.throttle    = config_.throttle;
-        if (!chances_.empty()) {
+        config.times       = config_.times != 0;
+        if (!chances_.empty() || looks()) {
             config.prefetch_experts   = config_.prefetch_experts;
             config.prefetch_threshold = config_.prefetch_threshold;
+            config.prefetch_waits     = sync_;
+        }
+        if (config_.record && looks()) {
+            config.horizons = distances();
+            std::reverse(config.horizons.begin(), config.horizons.end());
         }
         config.asker      = callback_ ? this : nullptr;
         config.timeout_ns = static_cast<int64_t>(config_.miss_timeout_seconds * 1e9);
@@ -200,7 +207,9 @@ void fate_engine::open_devices() {
             if (b.n_slots == 0 || b.dev != dev) {
                 continue;
             }
-            fate_device_layer layer = { static_cast<int32_t>(i), b.n_experts, b.k, b.n_slots, {} };
+            fate_device_layer layer = {
+                static_cast<int32_t>(i), b.n_experts, b.k, b.n_slots, {}, b.views, b.gate_inp ? static_cast<int32_t>(b.gate_inp->ne[0]) : 0
+            };
             for (const fate_pool_tensor & t : pool_.tensors(static_cast<int32_t>(i))) {
                 layer.tensors.push_back(
                     { t.source->data, t.slots->data, t.staging->data, t.expert_bytes(), t.tail_bytes(), t.is_weight() });
@@ -219,6 +228,9 @@ void fate_engine::open_devices() {
             served[i]->device = devices_.back().get();
             served[i]->at     = i;
             served[i]->next   = i + 1 < served.size() ? served[i + 1] : nullptr;
+            for (fate_device_view & view : served[i]->views) { // the device has them
+                view.weights = {};
+            }
         }
     }
 }

@@ -11,6 +11,8 @@ void fate_record::begin(int32_t n_tokens, int32_t n_layers, int32_t k, bool weig
     weights_.assign(weights ? n_rows * k : 0, 0.0f);
     hits_.assign(n_rows * k, 0);
     path_.assign(n_rows, FATE_PATH_NOT_RUN);
+    ahead_ids_.assign(n_rows * horizons_.size() * FATE_LOOKAHEAD_MOST, -1);
+    ahead_chances_.assign(ahead_ids_.size(), 0.0f);
     fills_.clear();
     evictions_.clear();
     output_tokens_.clear();
@@ -64,5 +66,12 @@ fate_step fate_record::view() const {
     step.fills       = fills_.data();
     step.n_evictions = static_cast<int32_t>(evictions_.size() / 2);
     step.evictions   = evictions_.data();
+    if (!horizons_.empty()) {
+        step.n_horizons    = static_cast<int32_t>(horizons_.size());
+        step.horizons      = horizons_.data();
+        step.n_ahead       = FATE_LOOKAHEAD_MOST;
+        step.ahead_ids     = ahead_ids_.data();
+        step.ahead_chances = ahead_chances_.data();
+    }
     return step;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "fate.h"
+#include "lookahead.h"
 
 #include <vector>
 
@@ -22,6 +23,16 @@ public:
 
     int32_t * ids(int32_t token, int32_t layer) { return &ids_[index(token, layer)]; }
 
+    // Tells what layers before told of a layer: horizons from the farthest to the nearest, none: nothing.
+    void set_horizons(const std::vector<int32_t> & horizons) { horizons_ = horizons; }
+
+    // Of a step that is to have it, [n_horizons][FATE_LOOKAHEAD_MOST].
+    int32_t * ahead_ids(int32_t token, int32_t layer) { return &ahead_ids_[ahead_index(token, layer)]; }
+
+    float * ahead_chances(int32_t token, int32_t layer) { return &ahead_chances_[ahead_index(token, layer)]; }
+
+    bool has_ahead() const { return !ahead_ids_.empty(); }
+
     float * weights(int32_t token, int32_t layer) { return weights_.empty() ? nullptr : &weights_[index(token, layer)]; }
 
     uint8_t * hits(int32_t token, int32_t layer) { return &hits_[index(token, layer)]; }
@@ -33,6 +44,10 @@ public:
 
 private:
     size_t index(int32_t token, int32_t layer) const { return (static_cast<size_t>(token) * n_layers_ + layer) * k_; }
+
+    size_t ahead_index(int32_t token, int32_t layer) const {
+        return (static_cast<size_t>(token) * n_layers_ + layer) * horizons_.size() * FATE_LOOKAHEAD_MOST;
+    }
 
     int32_t              n_tokens_ = 0;
     int32_t              n_layers_ = 0;
@@ -47,4 +62,7 @@ private:
     std::vector<int32_t> output_tokens_;
     std::vector<int32_t> fills_;
     std::vector<int32_t> evictions_;
+    std::vector<int32_t> horizons_;
+    std::vector<int32_t> ahead_ids_;
+    std::vector<float>   ahead_chances_;
 };

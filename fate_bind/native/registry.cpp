@@ -159,6 +159,10 @@ int32_t fate_engine_seek_routing(fate_engine * engine, int64_t row) {
     return fate_guard(FATE_STATUS_INVALID, [&] { engine->seek_routing(row); });
 }
 
+int32_t fate_engine_get_times(const fate_engine * engine, int64_t * times, size_t n_times) {
+    return fate_guard(FATE_STATUS_INVALID, [&] { engine->get_times(times, n_times); });
+}
+
 int32_t fate_engine_check(const fate_engine * engine) {
     return fate_guard(FATE_STATUS_INVALID, [&] { engine->check(); });
 }

@@ -15,8 +15,22 @@ struct fate_routing {
     std::vector<int32_t> ids;
 };
 
+// In place of what routers say of later layers. ids and chances [n_horizons][n_tokens][n_layers][m], -1: none.
+struct fate_predictions {
+    std::vector<int32_t> horizons; // from the farthest to the nearest
+    int32_t              n_tokens;
+    int32_t              n_layers;
+    int32_t              m;
+    std::vector<int32_t> ids;
+    std::vector<float>   chances;
+
+    // Where a horizon and a layer's first row begin; rows follow by n_layers * m.
+    size_t at(size_t horizon, int32_t layer) const { return (horizon * n_tokens * n_layers + static_cast<size_t>(layer % n_layers)) * m; }
+};
+
 // null: none
-std::shared_ptr<const fate_routing> fate_current_routing();
+std::shared_ptr<const fate_routing>     fate_current_routing();
+std::shared_ptr<const fate_predictions> fate_current_predictions();
 
 // Writes one layer's ids to dst, [k, n_rows]; the first layer of a step moves on by all its tokens, a last layer that sees fewer rows gets the last ones.
 // One object a device and context, used by its graph only.
@@ -28,6 +42,9 @@ public:
 
     // The next step starts at this row.
     virtual void seek(int64_t row) = 0;
+
+    // The row behind those of the step at hand, once its first layer ran; in memory of the device.
+    virtual const int64_t * end() const = 0;
 };
 
 // dev null: the CPU. Throws fate_error.

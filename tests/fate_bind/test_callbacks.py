@@ -176,6 +176,43 @@ def test_each_token_is_told_before_its_step_and_decides_in_it(fake: Library, mod
     assert decided > 0
 
 
+@pytest.mark.parametrize("kind", ["off", "layer"])
+def test_a_recording_holds_what_layers_told(kind: str, fake: Library, model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trace.npz"
+    with Session(model, slots=3, sync=True, prefetch=kind, record=path) as session:
+        session.decode(TOKENS)
+    trace = load(path)
+    if kind == "off":
+        assert trace.ahead_ids is None
+        assert trace.horizons == ()
+        return
+    assert trace.horizons == (1,)
+    assert trace.ahead_ids is not None
+    assert trace.ahead_chances is not None
+    assert trace.ahead_ids.shape == (len(TOKENS), 2, 1, 16)
+    assert (trace.ahead_ids[:, 0] == -1).all()
+    used = trace.experts(0, trace.n_tokens)
+    assert np.array_equal(trace.ahead_ids[:, 1, 0, :2], used[:, 1])
+    assert trace.ahead_chances[0, 1, 0, :3].tolist() == pytest.approx([0.9, 0.8, 0])
+
+
+def test_the_times_of_what_a_gpu_does(fake: Library, model: Path) -> None:
+    n = fake.lib.FATE_N_TIMES
+    with Session(model, slots=3, times=True) as session:
+        session.decode(TOKENS[:1])
+        assert session.times().tolist() == np.arange(2 * n).reshape(2, n).tolist()
+    with Session(model, fate=False) as plain, pytest.raises(EngineError, match="no engine"):
+        plain.times()
+
+
+def test_lru_that_only_looks_ahead_never_calls_python(fake: Library, model: Path) -> None:
+    with Session(model, slots=3, prefetch="layer") as session:
+        session.decode(TOKENS)
+        assert session.stats()["policy_seconds"] == 0
+        assert session._host is not None
+        assert session._host.is_silent
+
+
 def test_callback_mode_tells_drops_before_admissions(fake: Library, model: Path) -> None:
     policy = Watching()
     with Session(model, policy=policy, mode="callback") as session:

@@ -18,8 +18,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.model, pytest.mark.native]
 
 CELLS = "test_same_bits_as_resident and lru and (min or 50) and (decode or prompts or mixed)"
 N_CELLS = 12  # with both modes
-AHEAD = "test_predictions_change_no_bit and beside or slow_link"
-N_AHEAD = 6
+AHEAD = "(test_predictions_change_no_bit or test_what_routers_tell and lru) and beside or slow_link"
+N_AHEAD = 16
 
 
 def tool(name: str) -> str:

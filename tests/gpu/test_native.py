@@ -13,7 +13,9 @@ __all__ = ["build"]  # a fixture
 pytestmark = [pytest.mark.gpu, pytest.mark.native]
 
 
-@pytest.mark.parametrize("name", ["test-cuda", "test-cuda-callback", "test-cuda-prefetch"])
+@pytest.mark.parametrize(
+    "name", ["test-cuda", "test-cuda-callback", "test-cuda-lookahead", "test-cuda-prefetch"]
+)
 def test_kernels_agree_with_the_host(build: Build, name: str) -> None:
     done = subprocess.run(
         [tool("cmake"), "--build", build.native, "--target", name],

@@ -60,7 +60,16 @@ def programs(request: pytest.FixtureRequest) -> Programs:
 
 
 @pytest.mark.parametrize(
-    "name", ["test-layer", "test-capacity", "test-record", "test-service", "test-courier"]
+    "name",
+    [
+        "test-layer",
+        "test-capacity",
+        "test-record",
+        "test-service",
+        "test-courier",
+        "test-lookahead",
+        "test-worth",
+    ],
 )
 def test_unit(programs: Programs, name: str) -> None:
     assert re.search(r": [1-9]\d* checks, 0 failed", programs.run(name))

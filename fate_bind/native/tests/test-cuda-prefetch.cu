@@ -1,5 +1,5 @@
 // Prefetch on the GPU: where a step waits for it, against the host's layer, all alike; beside the step, in every order of the two streams, by the bytes
-// that an op's experts have when it ends.
+// that an op's experts have when it ends. A layer plans up to three times for a step.
 #include "check.h"
 #include "cuda-fixture.h"
 
@@ -15,7 +15,7 @@ struct shape {
 };
 
 // How the copies stand to the op.
-enum order { WAITED_FOR, BESIDE, BEFORE, BEHIND, N_ORDERS };
+enum order { WAITED_FOR, BESIDE, BEFORE, BEHIND, SKIPPED, N_ORDERS };
 
 static int64_t seen[N_ORDERS][FATE_N_COUNTERS];
 
@@ -23,6 +23,15 @@ template <typename T> static T * mapped(size_t n) {
     T * p = nullptr;
     FATE_CUDA(cudaHostAlloc(reinterpret_cast<void **>(&p), n * sizeof(T), cudaHostAllocMapped));
     return p;
+}
+
+static const int N_PLANS = 3;
+
+static __global__ void __launch_bounds__(FATE_CUDA_THREADS) plan_once(const fate_cuda_layer * layers, const float * chances,
+                                                                      int32_t distance, float threshold, int32_t wanted) {
+    __shared__ fate_cuda_planning s;
+    const int                     tid = threadIdx.x;
+    fate_plan_layer(layers[0], tid < layers[0].n_experts ? chances[tid] : 0.0f, distance, threshold, wanted, s);
 }
 
 static void run(const shape & s, order how, int n_steps, uint32_t seed) {
@@ -35,6 +44,8 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
     layer.plan            = device<fate_cuda_plan>(1);
     layer.waiting         = device<int32_t>(s.n_experts);
     layer.n_demands       = device<uint32_t>(1);
+    layer.n_posts         = device<uint32_t>(1);
+    layer.is_awaited      = how == WAITED_FOR;
 
     std::vector<char *> sources, slots;
     for (size_t t = 0; t < s.expert_bytes.size(); ++t) {
@@ -62,7 +73,7 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
     int32_t *         out     = device<int32_t>(s.k);
     int32_t *         rec     = device<int32_t>(s.k);
     uint8_t *         hit     = device<uint8_t>(s.k);
-    float *           chances = mapped<float>(s.n_experts);
+    float *           chances = mapped<float>(N_PLANS * s.n_experts);
     float *           scores  = mapped<float>(s.n_experts + 1);
     FATE_CUDA(cudaMemcpy(layers, &layer, sizeof(layer), cudaMemcpyHostToDevice));
     cudaStream_t main, side;
@@ -73,6 +84,7 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
     for (int32_t e = 0; e < s.n_experts; ++e) {
         all[e] = e;
     }
+    int64_t n_ran = 0;
     for (int step = 0; step < n_steps; ++step) {
         std::vector<int32_t> row(s.k);
         const int32_t        some = std::max(s.k, s.n_experts / 2);
@@ -84,14 +96,18 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
             std::shuffle(all.begin(), all.end(), random);
         }
         // mostly right, sometimes all wrong, all or none
-        for (int32_t e = 0; e < s.n_experts; ++e) {
-            chances[e] = static_cast<float>(random() % 8) / (step % 5 == 4 ? 7.0f : 15.0f);
-        }
-        for (int32_t i = 0; i < s.k && step % 7 != 6; ++i) {
-            chances[row[i]] = random() % 4 ? 0.9f : 0.1f;
-        }
-        if (step % 13 == 12) {
-            std::fill(chances, chances + s.n_experts, step % 2 ? 1.0f : 0.0f);
+        const int n_plans = 1 + static_cast<int>(random() % N_PLANS);
+        for (int plan = 0; plan < n_plans; ++plan) {
+            float * chance = chances + plan * s.n_experts;
+            for (int32_t e = 0; e < s.n_experts; ++e) {
+                chance[e] = static_cast<float>(random() % 8) / (step % 5 == 4 ? 7.0f : 15.0f);
+            }
+            for (int32_t i = 0; i < s.k && step % 7 != 6; ++i) {
+                chance[row[i]] = random() % 4 ? 0.9f : 0.1f;
+            }
+            if (step % 13 == 12) {
+                std::fill(chance, chance + s.n_experts, step % 2 ? 1.0f : 0.0f);
+            }
         }
         FATE_CUDA(cudaMemcpy(ids, row.data(), row.size() * sizeof(int32_t), cudaMemcpyHostToDevice));
         const fate_ids       twin_ids = { reinterpret_cast<const char *>(row.data()), s.k * 4, 1, s.k };
@@ -108,8 +124,13 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
         call.record_ids     = rec;
         call.record_hits    = hit;
         const auto prefetch = [&](cudaStream_t stream) {
-            fate_plan<<<1, FATE_CUDA_THREADS, 0, stream>>>(layers, index, chances, s.n_experts, THRESHOLD, WANTED);
-            fate_fetch<<<FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, 0, stream>>>(layers, 1);
+            for (int plan = 0; plan < n_plans; ++plan) {
+                plan_once<<<1, FATE_CUDA_THREADS, 0, stream>>>(layers, chances + plan * s.n_experts, plan == 0 ? 0 : N_PLANS - plan,
+                                                               THRESHOLD, WANTED);
+                if (plan + 1 == n_plans || random() % 2) {
+                    fate_fetch<<<FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, 0, stream>>>(layers, 1, THRESHOLD, WANTED, false);
+                }
+            }
             FATE_CUDA(cudaGetLastError());
         };
         const auto bring = [&] {
@@ -117,12 +138,14 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
                 <<<FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, fate_bring_bytes(s.n_experts), main>>>(layer, call);
             FATE_CUDA(cudaGetLastError());
         };
-        fate_settle<<<1, 32, 0, main>>>(layers, 1);
+        fate_settle<<<1, 32, 0, main>>>(layers, 1, false);
         FATE_CUDA(cudaStreamSynchronize(main));
         switch (how) {
             case WAITED_FOR:
                 twin.begin_step();
-                twin.prefetch(chances, THRESHOLD, fate_prefetch_most(WANTED, s.n_slots, s.k), io);
+                for (int plan = 0; plan < n_plans; ++plan) {
+                    twin.prefetch(chances + plan * s.n_experts, THRESHOLD, fate_prefetch_most(WANTED, s.n_slots, s.k), io);
+                }
                 twin.resolve(twin_ids, false, io, twin_slots.data(), twin_hits.data());
                 prefetch(main);
                 bring();
@@ -138,12 +161,21 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
                 FATE_CUDA(cudaStreamSynchronize(side));
                 bring();
                 break;
+            case SKIPPED: // now and then the step leaves the layer out
+                prefetch(side);
+                if (step % 3 == 2) {
+                    FATE_CUDA(cudaStreamSynchronize(side));
+                    continue;
+                }
+                bring();
+                break;
             default:
                 bring();
                 FATE_CUDA(cudaStreamSynchronize(main));
                 prefetch(side);
                 break;
         }
+        ++n_ran;
 
         // what the op's products would read, while the side may go on
         const std::vector<int32_t> got = host(out, s.k, main);
@@ -176,7 +208,7 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
         }
         CHECK(host(layer.plan, 1, main)[0].n_waiting == n_waiting && host(layer.n_demands, 1, main)[0] == 0);
         CHECK(host(layer.head, 1, main)[0].arrived == 0);
-        CHECK(c[FATE_COUNTER_HITS] + c[FATE_COUNTER_MISSES] == static_cast<int64_t>(step + 1) * s.k);
+        CHECK(c[FATE_COUNTER_HITS] + c[FATE_COUNTER_MISSES] == n_ran * s.k);
         CHECK(c[FATE_COUNTER_FILLS] == c[FATE_COUNTER_MISSES] - c[FATE_COUNTER_PREFETCH_LATE] + c[FATE_COUNTER_PREFETCHES]);
         CHECK(c[FATE_COUNTER_PREFETCHES] ==
               c[FATE_COUNTER_PREFETCH_USEFUL] + c[FATE_COUNTER_PREFETCH_LATE] + c[FATE_COUNTER_PREFETCH_WASTED] + n_waiting);
@@ -201,7 +233,7 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
             twin.publish(scores, scores[s.n_experts], step % 8 == 3);
             FATE_CUDA(cudaDeviceSynchronize());
         }
-        for (int i = 0; step + 1 == n_steps && i < FATE_N_COUNTERS; ++i) {
+        for (int i = 0; step + 2 == n_steps && i < FATE_N_COUNTERS; ++i) { // of the last step but one: the last may be skipped
             seen[how][i] += c[i];
         }
     }
@@ -233,7 +265,7 @@ int main() {
         fprintf(stderr, "%s\n", e.what());
         return 1;
     }
-    static const char * names[] = { "waited for", "beside", "before", "behind" };
+    static const char * names[] = { "waited for", "beside", "before", "behind", "skipped" };
     for (int how = 0; how < N_ORDERS; ++how) {
         const int64_t * c = seen[how];
         printf("%10s: %lld prefetches, %lld useful, %lld late, %lld wasted, %lld cancelled\n", names[how],
@@ -242,7 +274,8 @@ int main() {
                static_cast<long long>(c[FATE_COUNTER_PREFETCH_CANCELLED]));
     }
     CHECK(seen[BEFORE][FATE_COUNTER_PREFETCH_USEFUL] > 100 && seen[BEFORE][FATE_COUNTER_PREFETCH_WASTED] > 100);
-    CHECK(seen[BEFORE][FATE_COUNTER_PREFETCH_LATE] == 0 && seen[BEFORE][FATE_COUNTER_PREFETCH_CANCELLED] == 0);
+    CHECK(seen[BEFORE][FATE_COUNTER_PREFETCH_LATE] == 0 && seen[BEFORE][FATE_COUNTER_PREFETCH_CANCELLED] > 0);
+    CHECK(seen[SKIPPED][FATE_COUNTER_PREFETCH_USEFUL] > 0);
     CHECK(seen[BEHIND][FATE_COUNTER_PREFETCHES] == 0);
     CHECK(seen[BESIDE][FATE_COUNTER_PREFETCH_USEFUL] > 0 && seen[BESIDE][FATE_COUNTER_PREFETCH_LATE] > 0);
     CHECK(seen[BESIDE][FATE_COUNTER_PREFETCH_CANCELLED] > 0);

@@ -36,6 +36,18 @@ static void test_rows_of_outputs() {
     CHECK(step.n_fills == 1 && step.fills[0] == 1 && step.fills[1] == 7);
     CHECK(step.n_evictions == 1 && step.evictions[1] == 4);
 
+    CHECK(step.n_horizons == 0 && !record.has_ahead());
+
+    record.set_horizons({ 2, 1 });
+    record.begin(3, 2, 3, true, tokens, positions, sequences, outputs);
+    record.ahead_ids(2, 1)[FATE_LOOKAHEAD_MOST + 1]     = 5; // one layer before, the second likeliest
+    record.ahead_chances(2, 1)[FATE_LOOKAHEAD_MOST + 1] = 0.5f;
+    const fate_step told                                = record.view();
+    const int32_t   at                                  = ((2 * 2 + 1) * 2 + 1) * FATE_LOOKAHEAD_MOST + 1;
+    CHECK(told.n_horizons == 2 && told.horizons[0] == 2 && told.horizons[1] == 1 && told.n_ahead == FATE_LOOKAHEAD_MOST);
+    CHECK(told.ahead_ids[at] == 5 && told.ahead_chances[at] == 0.5f && told.ahead_ids[at - 1] == -1 && told.ahead_chances[0] == 0.0f);
+    record.set_horizons({});
+
     record.begin(1, 2, 3, false, nullptr, nullptr, nullptr, nullptr);
     CHECK(record.view().n_fills == 0);
     CHECK(record.view().tokens[0] == -1);

@@ -1,0 +1,268 @@
+// What is brought in before it is asked for: where chances come from, and where they go.
+#include "engine.h"
+#include "engine_io.h"
+#include "status.h"
+
+#include "llama-context.h"
+
+#include <algorithm>
+
+static const float LEAST_NORM = 1e-4f; // a weight of which no quotient is made
+
+static bool is_leaf(const ggml_tensor * tensor) {
+    return tensor && tensor->op == GGML_OP_NONE && tensor->buffer;
+}
+
+static bool is_numbers(const ggml_tensor * tensor, int64_t n) {
+    return is_leaf(tensor) && tensor->type == GGML_TYPE_F32 && ggml_nelements(tensor) == n && ggml_is_contiguous(tensor);
+}
+
+// A weight's numbers, wherever it lies.
+static std::vector<float> numbers_of(const ggml_tensor * tensor) {
+    std::vector<float> numbers;
+    if (!tensor) {
+        return numbers;
+    }
+    numbers.resize(ggml_nelements(tensor));
+    if (tensor->type == GGML_TYPE_F32) {
+        ggml_backend_tensor_get(tensor, numbers.data(), 0, ggml_nbytes(tensor));
+        return numbers;
+    }
+    std::vector<char> raw(ggml_nbytes(tensor));
+    ggml_backend_tensor_get(tensor, raw.data(), 0, raw.size());
+    ggml_get_type_traits(tensor->type)->to_float(raw.data(), numbers.data(), static_cast<int64_t>(numbers.size()));
+    return numbers;
+}
+
+// How a layer's router selects, from the graph that does it: what is selected by is followed back to what the router reads. Sets why_blind where it is not
+// understood.
+void fate_engine::find_gate(block & b, const llama_moe_args & args) {
+    b.why_blind           = fate_format("layer %d routes in a way that is not known", args.il);
+    const ggml_tensor * t = args.ids;
+    while (t && (t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE)) {
+        t = t->src[0];
+    }
+    t               = t && (t->op == GGML_OP_ARGSORT || t->op == GGML_OP_TOP_K) ? t->src[0] : nullptr;
+    bool is_softmax = false; // each value needs all logits
+    while (t && t->op != GGML_OP_MUL_MAT) {
+        if (t->op == GGML_OP_ADD && is_numbers(t->src[1], b.n_experts)) {
+            const bool           is_of_logits = t->src[0]->op == GGML_OP_MUL_MAT;
+            const ggml_tensor *& to           = is_of_logits ? b.gate_bias : b.selection_bias;
+            if (to) {
+                return;
+            }
+            to = t->src[1];
+        } else if (t->op == GGML_OP_UNARY && ggml_get_unary_op(t) == GGML_UNARY_OP_SIGMOID) {
+            b.is_sigmoid = true;
+        } else if (t->op == GGML_OP_SOFT_MAX) {
+            is_softmax = true;
+        } else if (t->op != GGML_OP_RESHAPE) {
+            return;
+        }
+        t = t->src[0];
+    }
+    const bool is_known = t && t->src[0] == args.gate_inp && t->src[1] == args.cur && is_leaf(args.gate_inp) &&
+                          ggml_is_contiguous(args.gate_inp) && args.gate_inp->ne[1] == b.n_experts &&
+                          ggml_nrows(args.gate_inp) == b.n_experts && !(is_softmax && (b.selection_bias || b.is_sigmoid));
+    if (!is_known || (args.gate_inp->type != GGML_TYPE_F32 && !ggml_get_type_traits(args.gate_inp->type)->to_float)) {
+        return;
+    }
+    b.why_blind.clear();
+    b.gate_inp              = args.gate_inp;
+    const ggml_tensor * cur = args.cur;
+    if (cur->op == GGML_OP_MUL && cur->src[0]->op == GGML_OP_RMS_NORM && is_numbers(cur->src[1], args.gate_inp->ne[0])) {
+        b.norm = cur->src[1];
+    }
+}
+
+// Whether layers tell of later ones.
+bool fate_engine::looks() const {
+    return (config_.prefetch & FATE_PREFETCH_LAYER) != 0 && config_.mode == FATE_MODE_TABLE && !config_.stage_all;
+}
+
+// How many layers before it each layer is told of, the nearest first.
+std::vector<int32_t> fate_engine::distances() const {
+    if (!looks()) {
+        return {};
+    }
+    return predictions_ ? std::vector<int32_t>(predictions_->horizons.rbegin(), predictions_->horizons.rend()) :
+                          std::vector<int32_t>{ 1, 2 };
+}
+
+// The later layer's router as the earlier one sees it.
+void fate_engine::see(const block & from, const block & to, fate_device_view & view) {
+    const int32_t            n_embd  = static_cast<int32_t>(to.gate_inp->ne[0]);
+    const std::vector<float> weights = numbers_of(to.gate_inp);
+    std::vector<float>       ratio(n_embd, 1.0f);
+    if (from.norm && to.norm) {
+        const std::vector<float> own   = numbers_of(from.norm);
+        const std::vector<float> later = numbers_of(to.norm);
+        for (int32_t i = 0; i < n_embd; ++i) {
+            ratio[i] = std::abs(own[i]) > LEAST_NORM ? later[i] / own[i] : 1.0f;
+        }
+    }
+    view.gate            = {};
+    view.gate.stride     = fate_gate_stride(n_embd);
+    view.gate.n_embd     = n_embd;
+    view.gate.n_experts  = to.n_experts;
+    view.gate.k          = to.k;
+    view.gate.is_sigmoid = to.is_sigmoid;
+    view.bias            = numbers_of(to.gate_bias);
+    view.selection_bias  = numbers_of(to.selection_bias);
+    view.scale.resize(to.n_experts);
+    view.weights.resize(static_cast<size_t>(to.n_experts) * view.gate.stride);
+    std::vector<float> row(n_embd);
+    for (int32_t e = 0; e < to.n_experts; ++e) {
+        for (int32_t i = 0; i < n_embd; ++i) {
+            row[i] = weights[static_cast<size_t>(e) * n_embd + i] * ratio[i];
+        }
+        view.scale[e] = fate_gate_pack(row.data(), n_embd, &view.weights[static_cast<size_t>(e) * view.gate.stride]);
+    }
+}
+
+// What the layer sees of later ones that the same device serves, one view for each distance.
+std::vector<fate_device_view> fate_engine::views_of(int32_t layer) const {
+    const block &                 from = *blocks_[layer];
+    std::vector<fate_device_view> views;
+    bool                          sees_any = false;
+    for (const int32_t distance : distances()) {
+        fate_device_view view;
+        const size_t     at = static_cast<size_t>(layer) + distance;
+        view.distance       = distance;
+        if (at < blocks_.size() && blocks_[at]->n_slots > 0 && blocks_[at]->dev == from.dev) {
+            const block & to      = *blocks_[at];
+            const bool    is_seen = from.gate_inp && to.gate_inp && from.gate_inp->ne[0] == to.gate_inp->ne[0];
+            view.index            = is_seen || predictions_ ? static_cast<int32_t>(at) : -1;
+            if (is_seen) {
+                see(from, to, view);
+            }
+        }
+        sees_any = sees_any || view.index >= 0;
+        views.push_back(std::move(view));
+    }
+    return sees_any ? views : std::vector<fate_device_view>();
+}
+
+// Why layers that were to tell of later ones do not, "" if some do.
+std::string fate_engine::why_blind() const {
+    std::string why;
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+        if (sees(static_cast<int32_t>(i))) {
+            return "";
+        }
+        why = blocks_[i]->why_blind.empty() ? why : blocks_[i]->why_blind;
+    }
+    return looks() && n_engaged_ > 0 ? (why.empty() ? "no layer is followed by another on the same device" : why) : "";
+}
+
+// Layers that engaged are told what they see.
+void fate_engine::open_views() {
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+        block & b = *blocks_[i];
+        b.views   = b.n_slots > 0 ? views_of(static_cast<int32_t>(i)) : std::vector<fate_device_view>();
+        for (fate_device_view & view : b.views) {
+            view.gate.weights        = view.weights.data();
+            view.gate.scale          = view.scale.data();
+            view.gate.bias           = view.bias.empty() ? nullptr : view.bias.data();
+            view.gate.selection_bias = view.selection_bias.empty() ? nullptr : view.selection_bias.data();
+        }
+    }
+    std::vector<int32_t> horizons;
+    if (config_.record && looks()) {
+        horizons = distances();
+        std::reverse(horizons.begin(), horizons.end());
+    }
+    for (fate_record & record : record_) {
+        record.set_horizons(horizons);
+    }
+}
+
+bool fate_engine::sees(int32_t layer) const {
+    return !blocks_[layer]->views.empty();
+}
+
+// Whether what the router reads can be handed on: of one token.
+bool fate_engine::shows(const llama_moe_args & args) {
+    return args.ids->ne[1] == 1 && args.cur && args.cur->type == GGML_TYPE_F32 && ggml_is_contiguous(args.cur) && ggml_nrows(args.cur) == 1;
+}
+
+// Whether layers tell of later ones in the step at hand.
+bool fate_engine::looks_now() const {
+    return looks() && record_[current_].n_tokens() == 1 && record_[current_].has_output();
+}
+
+// On the host, where steps wait: a layer's input tells of later ones.
+void fate_engine::look_on(int32_t layer, const float * input) {
+    if (!sync_ || !looks_now()) {
+        return;
+    }
+    std::vector<float> chance(max_experts_);
+    std::vector<float> scratch(max_experts_);
+    const block &      from = *blocks_[layer];
+    for (size_t v = 0; v < from.views.size(); ++v) {
+        const fate_device_view & view = from.views[v];
+        if (view.index < 0) {
+            continue;
+        }
+        const block & to = *blocks_[view.index];
+        std::fill(chance.begin(), chance.end(), 0.0f);
+        if (predictions_ && to.router) {
+            const size_t horizon = predictions_->horizons.size() - 1 - v;
+            const size_t row     = static_cast<size_t>((*to.router->end() - 1) % predictions_->n_tokens);
+            const size_t at      = predictions_->at(horizon, view.index) + row * predictions_->n_layers * predictions_->m;
+            for (int32_t i = 0; i < predictions_->m; ++i) {
+                const int32_t expert = predictions_->ids[at + i];
+                if (expert >= 0 && expert < to.n_experts) {
+                    chance[expert] = predictions_->chances[at + i];
+                }
+            }
+        } else {
+            fate_gate_chances(view.gate, input, scratch.data(), chance.data());
+        }
+        note_chances(view.index, from.views.size() - 1 - v, chance);
+        prefetch(view.index, chance.data());
+    }
+}
+
+// For the record; at: of the horizon, the farthest first.
+void fate_engine::note_chances(int32_t layer, size_t at, const std::vector<float> & chance) {
+    fate_record & record = record_[current_];
+    if (!record.has_ahead()) {
+        return;
+    }
+    std::vector<int32_t> order(blocks_[layer]->n_experts);
+    for (size_t i = 0; i < order.size(); ++i) {
+        order[i] = static_cast<int32_t>(i);
+    }
+    const size_t most = std::min<size_t>(order.size(), FATE_LOOKAHEAD_MOST);
+    std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(most), order.end(),
+                      [&](int32_t a, int32_t b) { return fate_prefetch_before(chance[a], a, chance[b], b); });
+    for (size_t i = 0; i < most && chance[order[i]] > 0.0f; ++i) {
+        record.ahead_ids(0, layer)[at * FATE_LOOKAHEAD_MOST + i]     = order[i];
+        record.ahead_chances(0, layer)[at * FATE_LOOKAHEAD_MOST + i] = chance[order[i]];
+    }
+}
+
+// A layer on the host brings in what is likely.
+void fate_engine::prefetch(int32_t layer, const float * chance) {
+    const block &  b = *blocks_[layer];
+    fate_engine_io io(*this, layer);
+    b.layer->prefetch(chance, config_.prefetch_threshold, fate_prefetch_most(config_.prefetch_experts, b.n_slots, b.k), io);
+}
+
+// Has layers bring in what the step at hand is predicted to use: before it with sync, else beside it, which only a GPU can.
+void fate_engine::prefetch() {
+    if (!predicted_) {
+        return;
+    }
+    predicted_ = false;
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+        if (blocks_[i]->layer && sync_) {
+            prefetch(static_cast<int32_t>(i), &chances_[i * max_experts_]);
+        }
+    }
+    for (auto & device : devices_) {
+        const std::string why = device->prefetch(chances_.data(), max_experts_);
+        error_                = why.empty() ? error_ : why;
+    }
+}

@@ -1,0 +1,191 @@
+// What a layer's input tells of later layers: the op puts the input aside, blocks beside the step apply the routers of those layers to it, and the last
+// of them plans.
+#pragma once
+
+#include "cuda_plan.cuh"
+#include "lookahead.h"
+
+static const int FATE_CHUNK = FATE_CUDA_THREADS / 32; // experts that a block scores at once, a warp each
+
+// One later layer as an earlier one sees it.
+struct fate_cuda_view {
+    int32_t   target;    // among the layers of the device, -1: none
+    int32_t   distance;
+    fate_gate gate;      // n_embd 0: unknown, for benchmarks that foretell
+    float *   selection; // [n_experts], what the gate selects by
+
+    // for benchmarks, in place of what the gate says: [n_tokens][..][n_foretold], rows by stride, the next token's at *end; null: the gate counts
+    const int32_t * ids;
+    const float *   chances;
+    const int64_t * end;
+    int32_t         n_tokens;
+    int32_t         n_foretold;
+    int64_t         stride;
+
+    uint32_t claimed; // chunks of the step at hand
+    uint32_t arrived;
+};
+
+// What a layer sees; in device memory.
+struct fate_cuda_sight {
+    fate_cuda_view views[FATE_LOOKAHEAD_LAYERS];
+    float *        input;     // [n_embd], a copy
+    int32_t        n_embd;
+    uint32_t       is_wanted; // the step at hand is of one token whose output is wanted
+    uint32_t       is_shown;  // the input is there
+};
+
+static __host__ __device__ inline uint32_t fate_n_chunks(const fate_cuda_view & view) {
+    return view.target < 0 ? 0 : view.gate.n_embd > 0 ? (view.gate.n_experts + FATE_CHUNK - 1) / FATE_CHUNK : 1;
+}
+
+// In the op, one block: puts the input aside.
+static __device__ void fate_show(const fate_cuda_layer & layer, const fate_cuda_call & call) {
+    fate_cuda_sight & sight = *layer.sight;
+    if (!sight.is_wanted) {
+        return;
+    }
+    for (int i = threadIdx.x; i < sight.n_embd; i += blockDim.x) {
+        sight.input[i] = call.input[i];
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        atomicExch(&sight.is_shown, 1);
+        atomicAdd(layer.n_posts, 1);
+    }
+}
+
+// Shared memory for an input: lane by lane, so that the lanes of a warp find theirs in banks of their own.
+static inline __host__ __device__ size_t fate_input_bytes(int32_t n_embd) {
+    return (n_embd + 32 * FATE_GATE_ALIGN - 1) / (32 * FATE_GATE_ALIGN) * (32 * FATE_GATE_ALIGN) * sizeof(float);
+}
+
+static __device__ __forceinline__ int fate_input_place(int i) {
+    return (i / (32 * FATE_GATE_ALIGN) * FATE_GATE_ALIGN + i % FATE_GATE_ALIGN) * 32 + i / FATE_GATE_ALIGN % 32;
+}
+
+// A warp: the sum over an expert's row; input: as fate_input_place has it.
+static __device__ float fate_gate_sum(const fate_gate & gate, const float * input, int32_t expert) {
+    static_assert(FATE_GATE_ALIGN == sizeof(int4), "a lane loads so many numbers at once");
+    const int    lane = threadIdx.x % 32;
+    const int4 * row  = reinterpret_cast<const int4 *>(gate.weights + static_cast<int64_t>(expert) * gate.stride);
+    float        sum  = 0.0f;
+    for (int at = lane; at < gate.stride / FATE_GATE_ALIGN; at += 32) {
+        const int4    packed   = __ldcs(row + at);
+        const int     words[4] = { packed.x, packed.y, packed.z, packed.w };
+        const float * x        = input + at / 32 * FATE_GATE_ALIGN * 32 + lane;
+#pragma unroll
+        for (int i = 0; i < FATE_GATE_ALIGN; ++i) {
+            sum += static_cast<float>(static_cast<int8_t>(words[i / 4] >> (i % 4 * 8))) * x[i * 32];
+        }
+    }
+    for (int d = 16; d > 0; d /= 2) {
+        sum += __shfl_xor_sync(0xffffffff, sum, d);
+    }
+    return sum;
+}
+
+// Notes what is told of a layer, for the record. at: of the view.
+static __device__ __forceinline__ void fate_tell(const fate_cuda_layer & target, int at, int32_t rank, int32_t expert, float chance) {
+    if (target.foretold && rank < FATE_LOOKAHEAD_MOST && chance > 0.0f) {
+        const int32_t to           = (FATE_LOOKAHEAD_LAYERS - 1 - at) * FATE_LOOKAHEAD_MOST + rank;
+        target.foretold[to]        = expert;
+        target.foretold_chance[to] = chance;
+    }
+}
+
+// What is foretold in place of the gate's: the chance of the expert of this thread.
+static __device__ float fate_given_chance(const fate_cuda_layer & target, const fate_cuda_view & view, int at, float * chance) {
+    const int tid = threadIdx.x;
+    if (tid < target.n_experts) {
+        chance[tid] = 0.0f;
+    }
+    __syncthreads();
+    if (tid < view.n_foretold) {
+        const int64_t from = (__ldcg(view.end) - 1) % view.n_tokens * view.stride + tid;
+        const int32_t id   = view.ids[from];
+        if (id >= 0 && id < target.n_experts) {
+            chance[id] = view.chances[from];
+            fate_tell(target, at, tid, id, view.chances[from]);
+        }
+    }
+    __syncthreads();
+    return tid < target.n_experts ? chance[tid] : 0.0f;
+}
+
+// By the rank of what the gate selects by.
+static __device__ float fate_gate_chance(const fate_cuda_layer & target, const fate_cuda_view & view, int at, float * selection) {
+    const int   tid  = threadIdx.x;
+    const float mine = tid < target.n_experts ? __ldcg(view.selection + tid) : 0.0f;
+    if (tid < target.n_experts) {
+        selection[tid] = mine;
+    }
+    __syncthreads();
+    float chance = 0.0f;
+    if (tid < target.n_experts) {
+        int32_t rank = 0;
+        for (int32_t other = 0; other < target.n_experts; ++other) {
+            rank += selection[other] > mine || (selection[other] == mine && other < tid);
+        }
+        chance = fate_rank_chance(rank, target.k);
+        fate_tell(target, at, rank, tid, chance);
+    }
+    __syncthreads();
+    return chance;
+}
+
+// A block scores one chunk of a view; the last to come plans for the layer that is seen.
+static __device__ void fate_score(const fate_cuda_layer * layers, fate_cuda_sight & sight, int at, uint32_t chunk, float threshold,
+                                  int32_t wanted, fate_cuda_planning & s) {
+    fate_cuda_view & view = sight.views[at];
+    const int        tid  = threadIdx.x;
+    if (view.gate.n_embd > 0) {
+        extern __shared__ float s_input[];
+        const int               n = view.gate.n_embd;
+        for (int i = tid; i < static_cast<int>(fate_input_bytes(n) / sizeof(float)); i += FATE_CUDA_THREADS) {
+            s_input[fate_input_place(i)] = i < n ? __ldcg(sight.input + i) : 0.0f;
+        }
+        __syncthreads();
+        const int32_t expert = static_cast<int32_t>(chunk) * FATE_CHUNK + tid / 32;
+        if (expert < view.gate.n_experts) {
+            const float sum = fate_gate_sum(view.gate, s_input, expert);
+            if (tid % 32 == 0) {
+                view.selection[expert] = fate_gate_selection(view.gate, expert, sum);
+            }
+        }
+    }
+    __syncthreads();
+    if (tid == 0) {
+        __threadfence();
+        s.is_last = atomicAdd(&view.arrived, 1) + 1 == fate_n_chunks(view);
+        __threadfence();
+    }
+    __syncthreads();
+    const bool is_last = s.is_last;
+    __syncthreads();
+    if (!is_last) {
+        return;
+    }
+    const fate_cuda_layer & target = layers[view.target];
+    const float chance = view.ids ? fate_given_chance(target, view, at, s.chance) : fate_gate_chance(target, view, at, s.chance);
+    fate_plan_layer(target, chance, view.distance, threshold, wanted, s);
+}
+
+// Where steps wait for what is prefetched: one block a chunk of each view, behind the op that showed its input.
+static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_look_on(const fate_cuda_layer * layers, int32_t from, float threshold,
+                                                                         int32_t wanted) {
+    __shared__ fate_cuda_planning s;
+    fate_cuda_sight &             sight = *layers[from].sight;
+    if (!sight.is_shown) {
+        return;
+    }
+    uint32_t chunk = blockIdx.x;
+    int      at    = 0;
+    for (; at < FATE_LOOKAHEAD_LAYERS && chunk >= fate_n_chunks(sight.views[at]); ++at) {
+        chunk -= fate_n_chunks(sight.views[at]);
+    }
+    if (at < FATE_LOOKAHEAD_LAYERS) {
+        fate_score(layers, sight, at, chunk, threshold, wanted, s);
+    }
+}

@@ -1,0 +1,191 @@
+// What a layer is to bring in beside the running step: planned by one block at a time, behind a gate that the layer's own op closes.
+#pragma once
+
+#include "cuda_layer.cuh"
+#include "prefetch.h"
+
+#include <climits>
+
+static const uint32_t FATE_CANCELLED = 1u << 31;
+
+// A plan's state: whether its layer's op has come, whether a block is planning, and how many entries there are.
+static const uint32_t FATE_PLAN_CLOSED   = 1;
+static const uint32_t FATE_PLAN_PLANNING = 2;
+static const uint32_t FATE_PLAN_ENTRY    = 4;
+
+enum fate_quiet : uint32_t { FATE_QUIET_UNKNOWN, FATE_QUIET_YES, FATE_QUIET_NO };
+
+// Of a layer, in device memory; all zeros: nothing is planned.
+struct fate_cuda_plan {
+    uint32_t      state;
+    int32_t       nearest;                    // layer that told, by its distance; 0: none
+    int32_t       is_taken;                   // the tables have it
+    uint32_t      quiet;                      // fate_quiet, of the op's first block: nothing is to be copied or waited for
+    int32_t       n_waiting;                  // prefetched and not used yet
+    fate_prefetch entries[FATE_PREFETCH_MAX];
+    uint32_t      claimed[FATE_PREFETCH_MAX]; // pieces, or FATE_CANCELLED
+    uint32_t      done[FATE_PREFETCH_MAX];
+};
+
+static __device__ __forceinline__ uint32_t fate_look(const uint32_t & word) {
+    return *const_cast<const volatile uint32_t *>(&word);
+}
+
+static __device__ __forceinline__ fate_prefetch fate_entry(const fate_cuda_plan & plan, int at) {
+    return { __ldcg(&plan.entries[at].expert), __ldcg(&plan.entries[at].slot), __ldcg(&plan.entries[at].victim) };
+}
+
+// Shared memory of a block that plans.
+struct fate_cuda_planning {
+    float         chance[FATE_CUDA_MAX_EXPERTS];
+    fate_rank     rank[FATE_CUDA_MAX_EXPERTS]; // by slot
+    uint8_t       goes[FATE_CUDA_MAX_EXPERTS]; // by slot: 1 free, 2 may be evicted
+    uint8_t       comes[FATE_CUDA_MAX_EXPERTS];
+    int32_t       expert[FATE_PREFETCH_MAX];
+    int32_t       slot[FATE_PREFETCH_MAX];
+    fate_prefetch entries[FATE_PREFETCH_MAX]; // planned before
+    bool          is_live[FATE_PREFETCH_MAX]; // not cancelled
+    bool          is_sure[FATE_PREFETCH_MAX]; // can no longer be
+    int32_t       n_before;
+    bool          is_last;
+};
+
+static __device__ __forceinline__ int32_t fate_n_entries(uint32_t state) {
+    return static_cast<int32_t>(state / FATE_PLAN_ENTRY);
+}
+
+// Thread 0: how many entries there are if this block may plan, else -1. What a nearer layer told stands.
+static __device__ int32_t fate_open_plan(fate_cuda_plan & plan, int32_t distance) {
+    uint32_t state = fate_look(plan.state);
+    while (true) {
+        if (state & FATE_PLAN_CLOSED) {
+            return -1;
+        }
+        if (state & FATE_PLAN_PLANNING) { // by a block that is running
+            state = fate_look(plan.state);
+            continue;
+        }
+        const uint32_t found = atomicCAS(&plan.state, state, state | FATE_PLAN_PLANNING);
+        if (found == state) {
+            break;
+        }
+        state = found;
+    }
+    __threadfence();
+    const int32_t nearest = __ldcg(&plan.nearest);
+    if (distance > 0 && nearest > 0 && nearest <= distance) {
+        atomicSub(&plan.state, FATE_PLAN_PLANNING);
+        return -1;
+    }
+    return fate_n_entries(state);
+}
+
+// A block plans for one layer, whose op may come any time. chance: of the expert of this thread. distance: of the layer that tells, 0: the token itself did.
+// What an earlier plan has is kept, but what a layer that tells more does not hold with is cancelled unless it was begun or is awaited.
+static __device__ void fate_plan_layer(const fate_cuda_layer & layer, float chance, int32_t distance, float threshold, int32_t wanted,
+                                       fate_cuda_planning & s) {
+    fate_cuda_plan & plan = *layer.plan;
+    const int32_t    tid  = static_cast<int32_t>(threadIdx.x);
+    if (tid < layer.n_experts) {
+        s.chance[tid] = chance;
+    }
+    if (tid == 0) {
+        s.n_before = fate_open_plan(plan, distance);
+    }
+    __syncthreads();
+    const int32_t n_before = s.n_before;
+    if (n_before < 0) {
+        return;
+    }
+    bool is_live = false;
+    if (tid < n_before) {
+        const fate_prefetch entry = fate_entry(plan, tid);
+        uint32_t            begun = fate_look(plan.claimed[tid]);
+        const bool          holds = s.chance[entry.expert] >= threshold && (entry.victim < 0 || s.chance[entry.victim] < threshold);
+        if (begun == 0 && distance > 0 && !layer.is_awaited && !holds) {
+            begun = atomicCAS(&plan.claimed[tid], 0, FATE_CANCELLED);
+            begun = begun == 0 ? FATE_CANCELLED : begun;
+        }
+        is_live        = begun < FATE_CANCELLED;
+        s.entries[tid] = entry;
+        s.is_live[tid] = is_live;
+        s.is_sure[tid] = begun > 0 || layer.is_awaited;
+    }
+    const int32_t n_live = __syncthreads_count(is_live);
+    const int32_t room   = fate_prefetch_most(wanted, layer.n_slots, layer.k) - n_live;
+    const int32_t most   = min(room, FATE_PREFETCH_MAX - n_before);
+
+    // the tables as they will be
+    bool    comes = tid < layer.n_experts && layer.slot_of[tid] < 0;
+    int32_t held  = tid < layer.n_slots ? layer.expert_of[tid] : 0;
+    bool    goes  = tid < layer.n_slots;
+    for (int i = 0; i < n_before; ++i) {
+        if (!s.is_live[i]) {
+            continue;
+        }
+        if (s.entries[i].victim == tid) {
+            comes = s.is_sure[i];
+        } else if (s.entries[i].expert == tid) {
+            comes = false;
+        }
+        goes = goes && s.entries[i].slot != tid;
+    }
+    comes = comes && tid < layer.n_experts && chance >= threshold;
+    if (tid < layer.n_experts) {
+        s.comes[tid] = comes;
+    }
+    if (goes && held >= 0) {
+        fate_table table;
+        table.last_use     = layer.last_use;
+        table.score        = layer.score;
+        table.bonus        = layer.head->bonus;
+        table.published_at = layer.head->published_at;
+        s.rank[tid]        = fate_rule_rank(table, held);
+        goes               = s.chance[held] < threshold;
+    }
+    if (tid < layer.n_slots) {
+        s.goes[tid] = goes ? (held < 0 ? 1 : 2) : 0;
+    }
+    const int32_t n_come = __syncthreads_count(comes);
+    const int32_t n_go   = __syncthreads_count(goes);
+    if (comes) {
+        int32_t before = 0;
+        for (int32_t e = 0; e < layer.n_experts; ++e) {
+            before += s.comes[e] && fate_prefetch_before(s.chance[e], e, chance, tid);
+        }
+        if (before < most) {
+            s.expert[before] = tid;
+        }
+    }
+    if (goes && n_come > 0) {
+        int32_t before = 0;
+        for (int32_t slot = 0; slot < layer.n_slots; ++slot) {
+            const bool is_free = s.goes[slot] == 1;
+            if (s.goes[slot] && slot != tid) {
+                before += held < 0 ? is_free && slot < tid : is_free || fate_rule_before(s.rank[slot], s.rank[tid]);
+            }
+        }
+        if (before < most) {
+            s.slot[before] = tid;
+        }
+    }
+    __syncthreads();
+    const int32_t n = max(0, min(min(n_come, n_go), most));
+    if (tid < n) {
+        plan.entries[n_before + tid] = { s.expert[tid], s.slot[tid], layer.expert_of[s.slot[tid]] };
+        plan.claimed[n_before + tid] = 0;
+        plan.done[n_before + tid]    = 0;
+    }
+    __syncthreads();
+    if (tid == 0) {
+        plan.nearest = distance > 0 ? distance : __ldcg(&plan.nearest);
+        if (layer.times && layer.times[FATE_TIME_PLANNED] == 0) {
+            fate_mark(layer, FATE_TIME_PLANNED);
+        }
+        __threadfence(); // who finds the entries finds what they are
+        atomicAdd(&plan.state, static_cast<uint32_t>(n) * FATE_PLAN_ENTRY - FATE_PLAN_PLANNING);
+        if (n > 0) {
+            atomicAdd(layer.n_posts, 1);
+        }
+    }
+}

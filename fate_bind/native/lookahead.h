@@ -1,0 +1,82 @@
+// What the router of a later layer makes of that which an earlier layer's router reads: once, for the CUDA engine, the host twin and the tests.
+// No ggml, no allocation.
+//
+// The hidden state changes little from layer to layer, so that a later router, given an earlier one's input, names most of the experts that it will choose.
+// Its weights are kept in 8 bits a number, with the ratio of the two layers' norm weights in them: read beside the step, they take a part of its memory
+// bandwidth. Experts are ranked by what the model selects them by; their chance is made of the rank alone: at least a half for as many as a token uses.
+#pragma once
+
+#include "rule.h"
+
+#include <cmath>
+#include <cstdint>
+
+static const int32_t FATE_LOOKAHEAD_LAYERS = 2;  // that a layer's input tells of
+static const int32_t FATE_LOOKAHEAD_MOST   = 16; // experts of a layer that are named
+static const int32_t FATE_GATE_ALIGN       = 16; // rows are filled up with zeros to a multiple of so many
+
+// A later layer's router as an earlier layer sees it. A view: pointers are of the memory of whoever evaluates it.
+struct fate_gate {
+    const int8_t * weights; // [n_experts][stride]
+    const float *  scale;   // [n_experts], that a row's numbers are to be multiplied by
+    int32_t        stride;
+    int32_t        n_embd;  // 0: unknown
+    int32_t        n_experts;
+    int32_t        k;
+    const float *  bias;           // of the logits, null: none
+    const float *  selection_bias; // of what is selected by, null: none
+    bool           is_sigmoid;     // selected by the sigmoid of the logits
+};
+
+inline int32_t fate_gate_stride(int32_t n_embd) {
+    return (n_embd + FATE_GATE_ALIGN - 1) / FATE_GATE_ALIGN * FATE_GATE_ALIGN;
+}
+
+// Writes a row of n_embd numbers in 8 bits each, and zeros up to the stride; returns its scale.
+inline float fate_gate_pack(const float * row, int32_t n_embd, int8_t * packed) {
+    float most = 0.0f;
+    for (int32_t i = 0; i < n_embd; ++i) {
+        most = std::fmax(most, std::fabs(row[i]));
+    }
+    const float scale = most > 0.0f ? most / 127.0f : 1.0f;
+    for (int32_t i = 0; i < fate_gate_stride(n_embd); ++i) {
+        packed[i] = i < n_embd ? static_cast<int8_t>(std::lrint(row[i] / scale)) : 0;
+    }
+    return scale;
+}
+
+// What the model selects an expert by, of the sum over its row.
+FATE_HOST_DEVICE inline float fate_gate_selection(const fate_gate & gate, int32_t expert, float sum) {
+    const float logit  = sum * gate.scale[expert];
+    const float biased = gate.bias ? logit + gate.bias[expert] : logit;
+    const float value  = gate.is_sigmoid ? 1.0f / (1.0f + expf(-biased)) : biased;
+    return gate.selection_bias ? value + gate.selection_bias[expert] : value;
+}
+
+// The chance of the expert of a rank, 0 the first, when a token uses k: falls with the rank, and is a half or more for the first k.
+FATE_HOST_DEVICE inline float fate_rank_chance(int32_t rank, int32_t k) {
+    if (rank >= FATE_LOOKAHEAD_MOST) {
+        return 0.0f;
+    }
+    return rank < k ? 1.0f - 0.5f * static_cast<float>(rank) / static_cast<float>(k) :
+                      0.5f * static_cast<float>(k) / static_cast<float>(rank + 1);
+}
+
+// chance[n_experts] of an input x[n_embd]; selection: scratch [n_experts].
+inline void fate_gate_chances(const fate_gate & gate, const float * x, float * selection, float * chance) {
+    for (int32_t e = 0; e < gate.n_experts; ++e) {
+        const int8_t * row = gate.weights + static_cast<int64_t>(e) * gate.stride;
+        float          sum = 0.0f;
+        for (int32_t i = 0; i < gate.n_embd; ++i) {
+            sum += static_cast<float>(row[i]) * x[i];
+        }
+        selection[e] = fate_gate_selection(gate, e, sum);
+    }
+    for (int32_t e = 0; e < gate.n_experts; ++e) {
+        int32_t rank = 0;
+        for (int32_t other = 0; other < gate.n_experts; ++other) {
+            rank += selection[other] > selection[e] || (selection[other] == selection[e] && other < e);
+        }
+        chance[e] = fate_rank_chance(rank, gate.k);
+    }
+}
