@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from bench import models, provenance, report
+from bench import ahead, models, provenance, report
 from bench.groups import GROUPS, Group
-from bench.models import SHAPES, Models
-from bench.routing import as_trace, routing, without_last
+from bench.models import SHAPES, Models, Shape
+from bench.routing import Routing, as_trace, routing, without_last
 from bench.runner import Plan, Run
+from fate_policy.errors import FateError
 
 FIT_TOKENS = 6000
 MODELS = Path(tempfile.gettempdir()) / "fate-bench"
@@ -32,7 +33,9 @@ def arguments() -> argparse.ArgumentParser:
         "--report", action="store_true", help="table and plot of what is in --out, run nothing"
     )
     parser.add_argument(
-        "--prepare", action="store_true", help="fit the classifiers into --prepared; needs scikit-learn"
+        "--prepare",
+        action="store_true",
+        help="fit the classifiers into --prepared, and predict with them; needs scikit-learn",
     )
     parser.add_argument("--write", action="store_true", help="write the models of the groups, run nothing")
     parser.add_argument("--prepared", type=Path, default=Path("bench-prepared"), help="what --prepare made")
@@ -63,8 +66,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{group.name}: {' '.join(arm.name for arm in group.arms())}")
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
+    plan = Plan(args.rounds, args.tokens, args.minutes, prompts=args.prompts)
     if args.prepare:
-        _prepare(args)
+        _prepare(plan, args)
         return 0
     if args.write:
         for name in dict.fromkeys(GROUPS[group].model for group in args.group or GROUPS):
@@ -76,19 +80,21 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     failed = False
     if not args.report:
-        plan = Plan(args.rounds, args.tokens, args.minutes, prompts=args.prompts)
         names = args.group or list(GROUPS)
         if args.dry_run:
             plan = replace(plan, rounds=2, tokens=8, pool_warm_up=16, prompts=(16, 32))
             names = args.group or ["tiny"]
         for name in names:
-            failed = not _run(GROUPS[name], plan, args) or failed
+            failed = not _run(_group(name, args), plan, args) or failed
     print(report.write(args.out))
     return int(failed)
 
 
-def _prepare(args: argparse.Namespace) -> None:
-    """Fit a classifier for each shape on the first half of the trace, routed as the bench routes."""
+def _prepare(plan: Plan, args: argparse.Namespace) -> None:
+    """Fit a classifier for each shape on the first half of the trace, routed as the bench routes.
+
+    Also compute what groups with in-token predictions by ids take, on the second half.
+    """
     from fate_policy import train
 
     args.prepared.mkdir(parents=True, exist_ok=True)
@@ -99,9 +105,51 @@ def _prepare(args: argparse.Namespace) -> None:
         fitted = train.fit(
             [as_trace(made, shape).slice(0, FIT_TOKENS)], train.Options(sample_every=8, n_folds=2)
         )
-        path = args.prepared / f"classifier-{name}-{shape.n_layers}.npz"
+        path = _classifier(args, name, shape)
         fitted.save(path)
         print(f"{path}: fitted in {time.monotonic() - began:.0f} s", flush=True)
+    for group in (_group(name, args) for name in args.group or GROUPS):
+        if any(arm.needs_ahead for arm in group.arms()):
+            shape = SHAPES[group.model]
+            _predict(group, shape, _routing(group, shape, args), plan, args)
+
+
+def _group(name: str, args: argparse.Namespace) -> Group:
+    group = GROUPS[name]
+    return replace(group, names=args.arms) if args.arms else group
+
+
+def _routing(group: Group, shape: Shape, args: argparse.Namespace) -> Routing:
+    made = routing(shape, args.trace, args.traces)
+    return without_last(made, shape) if group.spares_last else made
+
+
+def _classifier(args: argparse.Namespace, name: str, shape: Shape) -> Path:
+    path: Path = args.prepared / f"classifier-{name}-{shape.n_layers}.npz"
+    return path
+
+
+def _ahead(args: argparse.Namespace, group: Group, shape: Shape) -> Path:
+    replayed = Path(args.trace).stem + ("-spared" if group.spares_last else "")
+    path: Path = args.prepared / f"ahead-{group.model}-{shape.n_layers}-{replayed}.npz"
+    return path
+
+
+def _predict(
+    group: Group, shape: Shape, made: Routing, plan: Plan, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Have the in-token predictions by ids of what is replayed in their file; return what it holds."""
+    began = time.monotonic()
+    path = _ahead(args, group, shape)
+    told = ahead.prepare(path, _classifier(args, group.model, shape), made, shape, plan.n_rows)
+    ahead_of = zip(told["horizons"], told["recall"], strict=True)
+    at_k = ", ".join(f"{found['at_k']:.3f} {horizon} ahead" for horizon, found in ahead_of)
+    print(
+        f"{path}: {told['n_rows']} tokens in {time.monotonic() - began:.0f} s, recall at k {at_k}, "
+        f"{told['recall_at_start']['at_k']:.3f} at the token's start",
+        flush=True,
+    )
+    return told
 
 
 def _run(group: Group, plan: Plan, args: argparse.Namespace) -> bool:
@@ -111,21 +159,25 @@ def _run(group: Group, plan: Plan, args: argparse.Namespace) -> bool:
     if done.exists() and not args.again and json.loads(done.read_text(encoding="utf-8"))["is_complete"]:
         print(f"{group.name}: complete in {done}", flush=True)
         return True
-    if args.arms:
-        group = replace(group, names=args.arms)
     shape, model = Models(args.models).get(group.model)
     print(f"{time.monotonic() - began:6.1f} s  {group.name}  model {model}", flush=True)
-    made = routing(shape, args.trace, args.traces)
-    if group.spares_last:
-        made = without_last(made, shape)
+    made = _routing(group, shape, args)
     table = args.out / f"routing-{group.name}.npz"
     np.savez(table, ids=made.ids, tokens=made.tokens)
     print(f"{time.monotonic() - began:6.1f} s  {group.name}  routing {made.source['way']}", flush=True)
     settings: dict[str, Any] = _tuned(args.out, group)
     given = {"kv": args.kv, "throttle": args.throttle, "threads": args.threads, "load": args.load}
     settings |= {key: value for key, value in given.items() if value is not None}
-    settings["classifier"] = str((args.prepared / f"classifier-{group.model}-{shape.n_layers}.npz").resolve())
+    settings["classifier"] = str(_classifier(args, group.model, shape).resolve())
+    told = None
+    if any(arm.needs_ahead for arm in group.arms()):
+        settings["ahead"] = str(_ahead(args, group, shape).resolve())
+        try:
+            told = _predict(group, shape, made, plan, args)
+        except FateError as error:  # the arms that need it have rows that say so
+            settings["ahead_fault"] = str(error)
     run = Run(group, shape, model, table, made.source, settings, plan, args.out, began)
+    run.result["predictions"] = told
     run.result["provenance"] = provenance.collect(args.commit)
     run.result["model"]["sha256_of_samples"] = models.fingerprint(model)
     return bool(run.run()["is_complete"])

@@ -10,17 +10,32 @@ from bench.models import Shape
 
 VANILLA = ("cpu-moe", "stream", "fit", "ncmoe")
 SAME_VRAM = ("fit", "ncmoe")
-OURS = (
-    "lru",
-    "frequency",
-    "classifier",
-    "callback",
-    "python-lru",
-    "lru+token",
-    "classifier+token",
-    "oracle",
-)
-LEARNED = ("classifier", "lru+token", "classifier+token")
+BY_TOKEN = "classifier, at the token's start"
+BY_IDS = "ids of earlier layers (computed beforehand)"
+PREFETCH = {
+    "lru+token": ("token", BY_TOKEN),
+    "lru+layer": ("layer", BY_IDS),
+    "lru+both": ("both", f"{BY_TOKEN}; {BY_IDS}"),
+    "classifier+token": ("token", BY_TOKEN),
+    "classifier+layer": ("layer", BY_IDS),
+    "classifier+both": ("both", f"{BY_TOKEN}; {BY_IDS}"),
+    "oracle": ("token", "perfect, at the token's start"),
+    "oracle2": ("layer", "perfect, two layers ahead"),
+    "oracle4": ("layer", "perfect, four layers ahead"),
+    "recall90": ("layer", "synthetic, recall 0.9, two layers ahead and one"),
+}
+"""By kind: when experts are brought in, and what predicts them, as the report says it."""
+AHEAD: dict[str, dict[str, Any]] = {
+    "lru+layer": {"kind": "ids"},
+    "lru+both": {"kind": "ids"},
+    "classifier+layer": {"kind": "ids"},
+    "classifier+both": {"kind": "ids"},
+    "oracle2": {"kind": "perfect", "horizon": 2},
+    "oracle4": {"kind": "perfect", "horizon": 4},
+    "recall90": {"kind": "synthetic"},
+}
+"""By kind: the predictions inside the token; see `ahead.of_job`."""
+OURS = ("lru", "frequency", "classifier", "callback", "python-lru", *PREFETCH)
 CONTEXT, UBATCH = 4096, 2048
 LOADS = {
     "mmap": ["--load-mode", "mmap"],
@@ -55,7 +70,28 @@ class Arm:
 
     @property
     def prefetches(self) -> bool:
-        return self.kind == "oracle" or self.kind.endswith("+token")
+        return self.kind in PREFETCH
+
+    @property
+    def predictor(self) -> str | None:
+        """What predicts, for the reader; None: nothing does."""
+        return PREFETCH[self.kind][1] if self.prefetches else None
+
+    @property
+    def needs_ahead(self) -> bool:
+        """Whether it takes predictions that `--prepare` computes."""
+        return AHEAD.get(self.kind, {}).get("kind") == "ids"
+
+    @property
+    def evicts_by(self) -> str:
+        """By what it chooses victims: "classifier" (its scores), or the name of a policy."""
+        base = self.kind.partition("+")[0]
+        return base if base in ("lru", "frequency", "classifier") else "lru"
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether the classifier runs."""
+        return self.evicts_by == "classifier" or BY_TOKEN in (self.predictor or "")
 
     def slots(self, shape: Shape) -> int:
         if self.at == ALL_BUT_ONE:
@@ -79,7 +115,7 @@ def job(arm: Arm, shape: Shape, settings: dict[str, Any], place: dict[str, Any])
     Parameters
     ----------
     settings
-        "kv", "threads", "load", "throttle", "classifier", "extra" of the group.
+        "kv", "threads", "load", "throttle", "classifier", "ahead", "extra" of the group.
     place
         What equal VRAM asks for: "n_cpu_moe" of an ncmoe arm, "vram_bytes" of a fit arm.
     """
@@ -111,12 +147,17 @@ def job(arm: Arm, shape: Shape, settings: dict[str, Any], place: dict[str, Any])
     if arm.is_ours:
         made |= {"slots": arm.slots(shape), "throttle": settings.get("throttle")}
         made["mode"] = "callback" if arm.kind == "callback" else "table"
-        made["policy"] = {"callback": "lru", "python-lru": "bench.policies:PythonLRU"}.get(arm.kind, arm.kind)
-        if arm.kind in LEARNED:
+        own = {"python-lru": "bench.policies:PythonLRU", "oracle": "oracle"}
+        made["policy"] = own.get(arm.kind, arm.evicts_by)
+        if arm.is_learned:
             made["classifier"] = settings["classifier"]
-            made["evict_by"] = "lru" if arm.kind == "lru+token" else "scores"
+            made["evict_by"] = "scores" if arm.evicts_by == "classifier" else "lru"
         if arm.prefetches:
-            made["prefetch"] = "token"
+            made["prefetch"] = PREFETCH[arm.kind][0]
             made["prefetch_threshold"] = float(arm.options["chance"]) if "chance" in arm.options else None
+        if arm.kind in AHEAD:
+            made["ahead"] = {**AHEAD[arm.kind], "n_experts": shape.n_experts}
+            if arm.needs_ahead:
+                made["ahead"]["path"] = settings["ahead"]
     made["flags"] = flags
     return made

@@ -82,7 +82,8 @@ def _groups() -> list[Group]:
             )
     overhead = ["resident", f"lru@{ALL_BUT_ONE}", "lru@50", "python-lru@50"]
     made.append(Group("qwen3-overhead", "qwen3", overhead, prompts=()))
-    kinds = ("lru", "lru+token", "classifier", "classifier+token", "oracle")
+    kinds = ["lru", "lru+token", "lru+layer", "classifier", "classifier+token", "classifier+both"]
+    kinds += ["oracle", "oracle2", "oracle4", "recall90"]
     for model in ("qwen3", "gptoss"):
         names = ["resident", *(f"{kind}@{at}" for at in ("50", "25", "75", "12.5") for kind in kinds)]
         made.append(Group(f"{model}-ahead", model, names, prompts=()))

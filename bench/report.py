@@ -24,6 +24,7 @@ COLUMNS = {
     "all_resident": "all k",
     "ahead": "ahead/token",
     "useful": "useful",
+    "predictor": "predictor",
     "mb_token": "MB/token",
     "link": "link use",
     "model": "x link model",
@@ -142,6 +143,7 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
             row["policy_ms"] = (
                 1e3 * median(s["policy_seconds"] / len(s["ms"]) for s in found["rounds"]) if speeds else None
             )
+            row["predictor"] = arm.predictor
             if arm.prefetches and speeds:
                 row["ahead"] = _mean(found, "prefetches")
                 row["useful"] = _mean(found, "prefetch_useful", "prefetches")
@@ -205,9 +207,24 @@ def _head(result: dict[str, Any]) -> str:
         size = result["link_piece_bytes"] / 1e6
         parts.append(f"copies of {size:.2f} MB: {median(link) / 1e9:.2f} GB/s")
     parts += [f"{key} {settings[key]}" for key in ("kv", "throttle") if settings.get(key)]
+    if told := result.get("predictions"):
+        parts.append(_told(told))
     if not result["is_complete"]:
         parts.append("INCOMPLETE")
     return "; ".join(parts)
+
+
+def _told(about: dict[str, Any]) -> str:
+    """Return what the predictions inside the token are, and how well they name what is used."""
+    recall = ", ".join(
+        f"{horizon} ahead {found['at_k']:.3f} at k, {found['at_2k']:.3f} at 2k"
+        for horizon, found in zip(about["horizons"], about["recall"], strict=True)
+    )
+    by, start = about["classifier"], about["recall_at_start"]
+    return (
+        f"predictor: {about['predictor']} (computed beforehand) with {by['file']} ({by['sha256'][:12]}), "
+        f"recall {recall}, at the token's start {start['at_k']:.3f} and {start['at_2k']:.3f}"
+    )
 
 
 def load(out: Path) -> list[dict[str, Any]]:

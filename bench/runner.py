@@ -47,6 +47,11 @@ class Plan:
     prompts: tuple[int, ...] | None = None
     """Lengths instead of the group's."""
 
+    @property
+    def n_rows(self) -> int:
+        """Rows of the routing up to the last one that is decoded."""
+        return FIRST_ROW + self.rounds * (self.tokens + WARM_UP)
+
 
 class _Process:
     """A worker and the pipe to it."""
@@ -288,6 +293,8 @@ class Run:
 
     def _open(self, arm: Arm, found: dict[str, Any]) -> None:
         began = time.monotonic()
+        if arm.needs_ahead and "ahead_fault" in self.settings:
+            raise ArmError(f"no in-token predictions: {self.settings['ahead_fault']}")
         request = job(arm, self.shape, self.settings, self._place(arm))
         process = _Process(self.out / "logs" / f"{self.group.name}.{arm.name.replace('/', '_')}.log")
         self.open[arm.name] = process

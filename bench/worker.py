@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.ahead import Predictions, of_job
+from fate_bind.errors import LibraryError
+
 if TYPE_CHECKING:
     from bench.policies import Oracle
 
@@ -62,6 +65,30 @@ class _Link:
         pass
 
 
+def give(ffi: Any, lib: Any, predictions: Predictions) -> int:
+    """Tell the library what to predict inside tokens, by row of the replayed routing; return its status."""
+    call = getattr(lib, "fate_replay_predictions", None)
+    if call is None:
+        raise LibraryError(
+            "the built library takes no in-token predictions (fate_replay_predictions); "
+            "run `python build.py build` on sources that have it, or leave out arms that prefetch by layer"
+        )
+    ids = np.ascontiguousarray(predictions.ids, np.int32)
+    chances = np.ascontiguousarray(predictions.chances, np.float32)
+    horizons = np.array(predictions.horizons, np.int32)
+    n_horizons, n_tokens, n_layers, most = ids.shape
+    status: int = call(
+        ffi.from_buffer("int32_t[]", ids),
+        ffi.from_buffer("float[]", chances),
+        n_horizons,
+        ffi.from_buffer("int32_t[]", horizons),
+        n_tokens,
+        n_layers,
+        most,
+    )
+    return status
+
+
 class _Arm:
     """An open session and the place in the replayed routing."""
 
@@ -90,6 +117,10 @@ class _Arm:
                 self.tokens = file["tokens"]
             pointer = ffi.from_buffer("int32_t[]", self.ids)
             library.check(self.lib.fate_replay_routing(pointer, *self.ids.shape))
+        if "ahead" in job:
+            if self.tokens is None:
+                raise ValueError("in-token predictions are given by row of a replayed routing; name one")
+            library.check(give(ffi, self.lib, of_job(job["ahead"], self.ids)))
         more: dict[str, Any] = {}
         if job.get("throttle"):
             more["throttle_gbps"] = job["throttle"]

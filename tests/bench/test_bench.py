@@ -135,6 +135,49 @@ def test_arms_name_their_flags() -> None:
             parse(name)
 
 
+def test_arms_with_prefetch_name_when_and_what_predicts() -> None:
+    """The policy chooses victims; the classifier predicts, or what is given inside the token, or both."""
+    shape = SHAPES["qwen3"]
+    settings: dict[str, Any] = {"classifier": "c.npz", "ahead": "a.npz"}
+    by_ids = {"kind": "ids", "path": "a.npz", "n_experts": 128}
+    wanted: dict[str, tuple[Any, ...]] = {
+        "lru": ("lru", None, None, None),
+        "lru+token": ("lru", "lru", "token", None),
+        "lru+layer": ("lru", None, "layer", by_ids),
+        "lru+both": ("lru", "lru", "both", by_ids),
+        "classifier": ("classifier", "scores", None, None),
+        "classifier+token": ("classifier", "scores", "token", None),
+        "classifier+layer": ("classifier", "scores", "layer", by_ids),
+        "classifier+both": ("classifier", "scores", "both", by_ids),
+        "oracle": ("oracle", None, "token", None),
+        "oracle2": ("lru", None, "layer", {"kind": "perfect", "horizon": 2, "n_experts": 128}),
+        "oracle4": ("lru", None, "layer", {"kind": "perfect", "horizon": 4, "n_experts": 128}),
+        "recall90": ("lru", None, "layer", {"kind": "synthetic", "n_experts": 128}),
+        "frequency": ("frequency", None, None, None),
+        "callback": ("lru", None, None, None),
+        "python-lru": ("bench.policies:PythonLRU", None, None, None),
+    }
+    for kind, expected in wanted.items():
+        made = job(parse(f"{kind}@25"), shape, settings, {})
+        assert (made["policy"], made.get("evict_by"), made.get("prefetch"), made.get("ahead")) == expected
+        assert ("classifier" in made) == (expected[1] is not None)
+        assert parse(f"{kind}@25").needs_ahead == (expected[3] == by_ids)
+    assert job(parse("oracle2@25:chance=0.3"), shape, settings, {})["prefetch_threshold"] == 0.3
+    assert job(parse("lru+both@25"), shape, settings, {})["prefetch_threshold"] is None
+    with pytest.raises(ValueError, match="oracle2"):
+        parse("oracle3@50")
+
+
+def test_groups_with_prefetch_have_every_predictor_at_every_share() -> None:
+    kinds = ["lru", "lru+token", "lru+layer", "classifier", "classifier+token", "classifier+both"]
+    kinds += ["oracle", "oracle2", "oracle4", "recall90"]
+    for name in ("qwen3-ahead", "gptoss-ahead"):
+        arms = GROUPS[name].arms()
+        assert [arm.name for arm in arms[:11]] == ["resident", *(f"{kind}@50" for kind in kinds)]
+        assert {arm.at for arm in arms[1:]} == {"75", "50", "25", "12.5"}
+        assert len(arms) == 1 + 4 * len(kinds)
+
+
 def test_equal_vram_rounds_up_for_the_other_side() -> None:
     layers = [10, 20, 20, 30]
     assert [n_cpu_moe(layers, wanted) for wanted in (0, 1, 30, 31, 70, 1000)] == [4, 3, 3, 2, 1, 1]
@@ -183,9 +226,55 @@ def test_figures_of_a_row() -> None:
     assert table["callback@50"]["note"] == "not engaged because of a reason"
 
 
+def test_a_speed_names_its_predictor() -> None:
+    counters = {"hits": 6, "misses": 2, "bytes": 0, "rows": 2, "rows_all_resident": 1}
+    counters |= {"prefetches": 10, "prefetch_useful": 4}
+    sample = {"leg": 0, "ms": [1.0, 1.0], "policy_seconds": 0.0, "policy_error": None, "counters": counters}
+    names = ["resident", "lru@50", "lru+layer@50", "classifier+both@50", "oracle2@50", "recall90@50"]
+    arms: dict[str, Any] = {name: {"rounds": [sample], "prompts": {}} for name in names}
+    arms["lru+both@50"] = {"rounds": [], "prompts": {}, "error": "of a reason"}
+    result: dict[str, Any] = {"group": "g", "settings": {}, "link_bytes_per_second": [], "arms": arms}
+    table = {row["arm"]: row for row in report.rows(result)}
+    assert {name: row["predictor"] for name, row in table.items()} == {
+        "resident": None,
+        "lru@50": None,
+        "lru+layer@50": "ids of earlier layers (computed beforehand)",
+        "classifier+both@50": (
+            "classifier, at the token's start; ids of earlier layers (computed beforehand)"
+        ),
+        "oracle2@50": "perfect, two layers ahead",
+        "recall90@50": "synthetic, recall 0.9, two layers ahead and one",
+        "lru+both@50": "classifier, at the token's start; ids of earlier layers (computed beforehand)",
+    }
+    assert table["lru+layer@50"]["ahead"] == 5
+    assert table["lru+layer@50"]["useful"] == 0.4
+    assert table["lru@50"]["ahead"] is None
+    result |= {
+        "model": {"name": "qwen3", "n_layers": 48, "bytes": 1},
+        "provenance": {"gpu": None, "cpu": "a cpu", "cores": 2, "commit": "c", "build_id": "b"},
+        "routing": {"trace": "t", "way": "own", "sha256": "s"},
+        "is_complete": True,
+        "predictions": {
+            "predictor": "ids of earlier layers",
+            "classifier": {"file": "c.npz", "sha256": "0123456789abcdef"},
+            "horizons": [2, 1],
+            "recall": [{"at_k": 0.5, "at_2k": 0.625}, {"at_k": 0.75, "at_2k": 0.875}],
+            "recall_at_start": {"at_k": 0.25, "at_2k": 0.375},
+        },
+    }
+    told = (
+        "predictor: ids of earlier layers (computed beforehand) with c.npz (0123456789ab), recall 2 ahead "
+        "0.500 at k, 0.625 at 2k, 1 ahead 0.750 at k, 0.875 at 2k, at the token's start 0.250 and 0.375"
+    )
+    assert told in report._head(result)
+    assert "predictor" not in report._head({**result, "predictions": None})
+
+
 @pytest.mark.model
 def test_dry_run_measures_reports_and_resumes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arms = ["resident", "cpu-moe", "lru@25", "ncmoe@25", "fit@25", "classifier@25", "callback@25"]
+    arms += ["lru+layer@25"]
+    unfitted = {"classifier@25": "", "lru+layer@25": "no in-token predictions: "}
     command = ["--dry-run", "--out", str(tmp_path), "--arms", *arms, "--prepared", str(tmp_path)]
     assert main(command) == 0
     result = json.loads((tmp_path / "tiny.json").read_text(encoding="utf-8"))
@@ -193,7 +282,8 @@ def test_dry_run_measures_reports_and_resumes(tmp_path: Path, capfd: pytest.Capt
     assert result["provenance"]["build_id"]
     for name in arms:
         found = result["arms"][name]
-        if name == "classifier@25":
+        if name in unfitted:
+            assert unfitted[name] in found["error"]
             assert "does not exist" in found["error"]  # and the other arms went on
         else:
             assert [len(sample["ms"]) for sample in found["rounds"]] == [8, 8]

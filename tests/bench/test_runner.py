@@ -14,7 +14,15 @@ from bench.models import SHAPES
 from bench.runner import ArmError, Plan, Run
 
 GIB = 1 << 30
-TAKES = {"resident": 20, "cpu-moe": 3, "lru@75": 16, "lru@50": 11, "fit@50": 11, "callback@50": 11}
+TAKES = {
+    "resident": 20,
+    "cpu-moe": 3,
+    "lru@75": 16,
+    "lru@50": 11,
+    "fit@50": 11,
+    "callback@50": 11,
+    "lru+layer@50": 11,
+}
 
 
 class Device:
@@ -27,6 +35,7 @@ class Device:
         self.opened: list[str] = []
         self.wanted: dict[str, Any] = {}
         self.fails: dict[tuple[str, str], str] = {}
+        self.rows: list[tuple[int, int]] = []
 
     def free(self) -> int:
         return (self.total - sum(self.held.values())) * GIB
@@ -60,6 +69,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
             if name == "vram":
                 return TAKES[self.name] * GIB
             if name == "decode":
+                counted.rows.append((arguments["row"], arguments["n"]))
                 counters = {"hits": 1, "misses": 1, "bytes": 0, "rows": 1, "rows_all_resident": 0}
                 return {"ms": [1.0], "policy_seconds": 0.0, "policy_error": None, "counters": counters}
             return 1.0 if name in ("prompt", "measure") else None
@@ -117,6 +127,23 @@ def test_what_fails_or_does_not_engage_has_a_row_and_the_rest_goes_on(device: De
     assert len(result["arms"]["fit@50"]["rounds"]) == 3
     assert result["is_complete"]
     assert device.held == {}
+
+
+def test_arms_without_their_predictions_have_rows_and_the_rest_goes_on(
+    device: Device, tmp_path: Path
+) -> None:
+    run = make(tmp_path, ["resident", "lru@50", "lru+layer@50"])
+    run.settings["ahead_fault"] = "a file does not exist"
+    result = run.run()
+    assert result["arms"]["lru+layer@50"]["error"] == "no in-token predictions: a file does not exist"
+    assert len(result["arms"]["lru@50"]["rounds"]) == 3
+    assert device.opened == ["resident", "lru@50"]
+
+
+def test_rows_of_a_plan_reach_the_last_token_decoded(device: Device, tmp_path: Path) -> None:
+    plan = Plan(rounds=3, tokens=4)
+    make(tmp_path, ["resident"], plan).run()
+    assert max(row + n for row, n in device.rows) == plan.n_rows - runner.WARM_UP
 
 
 def test_without_time_nothing_more_is_opened(device: Device, tmp_path: Path) -> None:
