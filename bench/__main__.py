@@ -183,6 +183,26 @@ def _run(group: Group, plan: Plan, args: argparse.Namespace) -> bool:
     return bool(run.run()["is_complete"])
 
 
+def prepared(
+    model: str, names: list[str], out: Path, folder: Path, n_tokens: int
+) -> tuple[Path, dict[str, Any]]:
+    """Return the routing and the settings that arms of a model take, for a tool beside the groups.
+
+    out : folder of the routing's file
+    folder : what `--prepare` made
+    """
+    args = arguments().parse_args(["--out", str(out), "--prepared", str(folder)])
+    group, shape = Group(f"{model}-tool", model, names), SHAPES[model]
+    made = _routing(group, shape, args)
+    table = out / f"routing-{group.name}.npz"
+    np.savez(table, ids=made.ids, tokens=made.tokens)
+    settings: dict[str, Any] = {"classifier": str(_classifier(args, model, shape).resolve())}
+    if any(arm.needs_ahead for arm in group.arms()):
+        settings["ahead"] = str(_ahead(args, group, shape).resolve())
+        _predict(group, shape, made, Plan(rounds=1, tokens=n_tokens), args)
+    return table, settings
+
+
 def _tuned(out: Path, group: Group) -> dict[str, Any]:
     """Return threads and way to load of the fastest vanilla arm of the model's tuning group, if it ran."""
     path = out / f"{group.model}-tune.json"

@@ -121,7 +121,7 @@ class _Arm:
             if self.tokens is None:
                 raise ValueError("in-token predictions are given by row of a replayed routing; name one")
             library.check(give(ffi, self.lib, of_job(job["ahead"], self.ids)))
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {"times": job.get("times", False)}
         if job.get("throttle"):
             more["throttle_gbps"] = job["throttle"]
         self.session = Session(
@@ -199,6 +199,10 @@ class _Arm:
             "policy_error": stats["policy_error"],
             "counters": {key: int(after[key] - before[key]) for key in after},
         }
+
+    def decode_one(self, row: int) -> None:
+        """Decode the token of a row that follows the one before."""
+        self._step(self._rows(row, 1), 0, row)
 
     def close(self) -> None:
         self.session.close()
