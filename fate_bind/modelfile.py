@@ -55,12 +55,22 @@ def check(path: str | Path) -> Path:
     return path
 
 
-def check_args(args: Sequence[str], is_list: bool = False) -> None:
-    """Check the models that -m names; with `is_list` it may name several, separated by commas."""
+def _named(args: Sequence[str]) -> list[str]:
     named = [value for flag, value in pairwise(args) if flag in ("-m", "--model")]
     if not named and not placement.given(args, placement.MODEL_FLAGS) and os.environ.get("LLAMA_ARG_MODEL"):
         named = [os.environ["LLAMA_ARG_MODEL"]]
-    for value in named:
+    return named
+
+
+def of(args: Sequence[str]) -> Path | None:
+    """Return the model that -m names last, as llama.cpp takes it; None: it comes from elsewhere."""
+    named = _named(args)
+    return Path(named[-1]) if named else None
+
+
+def check_args(args: Sequence[str], is_list: bool = False) -> None:
+    """Check the models that -m names; with `is_list` it may name several, separated by commas."""
+    for value in _named(args):
         for path in value.split(",") if is_list else [value]:
             check(path)
     if args and args[-1] in ("-m", "--model"):

@@ -17,7 +17,7 @@ from fate_bind import library, modelfile, options, placement, stats
 from fate_bind.errors import FateError, UsageError
 from fate_bind.host import Host
 from fate_bind.options import Options
-from fate_bind.session import resolve_config
+from fate_bind.session import resolve_config, with_trained
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         chosen.prefetch_threshold,
         chosen.prefetch_experts,
     )
+    config = with_trained(config, modelfile.of(args))
     host = Host(config, None, chosen.record, chosen.require)
     if command == "serve" and _wants_page(args) and not library.has_page():
         print(

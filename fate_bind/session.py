@@ -64,12 +64,26 @@ def resolve_config(
     return load(policy, overrides), None
 
 
+def with_trained(config: Config, model: Path | None) -> Config:
+    """Have a classifier that names no file take the one beside the model: NAME.fate.npz of NAME.gguf."""
+    if config.policy != "classifier" or config.params.get("model") is not None or model is None:
+        return config
+    path = model.with_suffix(".fate.npz")
+    if not path.exists():
+        raise PolicyConfigError(
+            f"classifier: no file is named, and {path} does not exist; fit it with `fate train TRACE.npz "
+            f"--output {path}`, or name another under classifier: model:"
+        )
+    return replace(config, params={**config.params, "model": str(path)})
+
+
 class _Model:
     """A loaded model, closed with the last session on it."""
 
     def __init__(self, path: str | Path | None, args: Sequence[str], place: bool) -> None:
         ffi, lib = library.load()
         placement.refuse_ends(args)
+        self.path = modelfile.of(args) if path is None else Path(path)
         argv = ["fate", *args]
         if path is None:
             modelfile.check_args(args)
@@ -150,11 +164,13 @@ class Session:
             record = Path(self._scratch.name) / "trace.npz"
         if not fate and (record or require):
             raise PolicyConfigError("fate is False, so there is nothing to record or to require")
-        host = None
-        if fate:
-            host = Host(config, instance, Path(record) if record else None, require, throttle_gbps, times)
         if model is None and not placement.names_model(args):
             model = modelfile.EMBEDDED
+        host = None
+        if fate:
+            if instance is None:
+                config = with_trained(config, modelfile.of(args) if model is None else Path(model))
+            host = Host(config, instance, Path(record) if record else None, require, throttle_gbps, times)
         with interrupts.held():
             self._open(_Model(model, args, place), host)
 
@@ -218,6 +234,8 @@ class Session:
             policy, slots, mode, sync, vram, None, prefetch, prefetch_threshold, prefetch_experts
         )
         instance = given if instance is None else instance
+        if instance is None:
+            config = with_trained(config, self._model.path)
         return self.fork_with(Host(config, instance, Path(record) if record else None, require))
 
     def fork_with(self, host: Host | None) -> Session:

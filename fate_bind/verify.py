@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fate_bind import placement
+from fate_bind import modelfile, placement
 from fate_bind.errors import EngineError
 from fate_bind.host import Host
-from fate_bind.session import Choice, Session, resolve_config, token_ids
+from fate_bind.session import Choice, Session, resolve_config, token_ids, with_trained
 from fate_bind.stats import Report
 from fate_policy.config import Slots, load
 
@@ -156,6 +156,9 @@ def verify(
     )
     if config.slots.kind == "auto" and slots is None and config.vram is None:
         config = replace(config, slots=Slots.parse("50%"))
+    if instance is None:
+        path = modelfile.of(args) if model is None else Path(model)
+        config = with_trained(config, modelfile.EMBEDDED if path is None else path)
     host = Host(config, instance, Path(record) if record else None, require)  # refuses before a model loads
     with ExitStack() as stack:
         reference = stack.enter_context(Session(model, args, fate=False, place=place))

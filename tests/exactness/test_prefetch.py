@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from fate_bind.modelfile import EMBEDDED
 from fate_bind.session import Session
+from fate_bind.verify import verify
 from fate_policy import assess, train
 from fate_policy.base import NOT_RUN, POOL, Geometry, History, Policy, Step
 from fate_policy.classifier import Classifier
 from fate_policy.counters import Counters
+from fate_policy.errors import PolicyConfigError
 from fate_policy.model import Model
 from fate_policy.prefetch_rule import Prefetch
 from fate_policy.replay import replay
@@ -209,3 +213,22 @@ def test_a_token_without_output_is_not_predicted(
             session.check()
     assert int(session.counters().prefetches.sum()) > before
     assert session.counters() == replay(load(path), Forged("random", recorded), prefetch=Prefetch(0.5, 8))
+
+
+def test_a_fitted_file_beside_the_model_is_found(fitted: Model, tmp_path: Path) -> None:
+    model = tmp_path / "own.gguf"
+    shutil.copyfile(EMBEDDED, model)
+    args = [*ARGS, "-m", str(model)]
+    with pytest.raises(PolicyConfigError, match=r"no file is named, and .*own\.fate\.npz does not exist"):
+        Session(args=args, policy="classifier", slots=10)
+    fitted.save(tmp_path / "own.fate.npz")
+    options = {"policy": "classifier", "slots": 10, "sync": True, "prefetch": "both"}
+    with Session(args=args, **options) as session, session.fork(fate=False) as without:  # type: ignore[arg-type]
+        assert np.array_equal(drive(session).view(np.uint32), drive(without).view(np.uint32))
+        assert session.stats()["policy"] == "classifier"
+        assert session.stats()["prefetches"] > 0
+        with without.fork(policy="classifier", slots=10) as another:
+            another.logits([1])
+            assert another.stats()["engaged"]
+    found = verify(model, prompt=range(1, 20), n_tokens=4, policy="classifier", slots=10)
+    assert found.exit_code == 0, found.message
