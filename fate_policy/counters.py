@@ -46,7 +46,7 @@ class Counters:
     prefetch_useful : of these, complete at their first use, which is a hit
     prefetch_late : of these, still on their way at their first use
     prefetch_wasted : of these, evicted before any use
-    prefetch_cancelled : planned, and not begun when their layer ran without them
+    prefetch_cancelled : planned, and not begun when no longer told of or when their layer ran
     prefetch_waited_ns : nanoseconds that layers waited for late ones
     tokens, steps : over all layers
     """

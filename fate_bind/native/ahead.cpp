@@ -7,10 +7,13 @@
 
 #include <algorithm>
 
-static const float LEAST_NORM = 1e-4f; // a weight of which no quotient is made
-
+// A weight whose numbers can be read back: not one that the CPU has repacked.
 static bool is_leaf(const ggml_tensor * tensor) {
-    return tensor && tensor->op == GGML_OP_NONE && tensor->buffer;
+    if (!tensor || tensor->op != GGML_OP_NONE || !tensor->buffer) {
+        return false;
+    }
+    ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(tensor->buffer));
+    return ggml_backend_buffer_is_host(tensor->buffer) || (dev && ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU);
 }
 
 static bool is_numbers(const ggml_tensor * tensor, int64_t n) {
@@ -93,12 +96,11 @@ std::vector<int32_t> fate_engine::distances() const {
 void fate_engine::see(const block & from, const block & to, fate_device_view & view) {
     const int32_t            n_embd  = static_cast<int32_t>(to.gate_inp->ne[0]);
     const std::vector<float> weights = numbers_of(to.gate_inp);
-    std::vector<float>       ratio(n_embd, 1.0f);
     if (from.norm && to.norm) {
-        const std::vector<float> own   = numbers_of(from.norm);
-        const std::vector<float> later = numbers_of(to.norm);
+        const std::vector<float> own = numbers_of(from.norm);
+        view.ratio                   = numbers_of(to.norm);
         for (int32_t i = 0; i < n_embd; ++i) {
-            ratio[i] = std::abs(own[i]) > LEAST_NORM ? later[i] / own[i] : 1.0f;
+            view.ratio[i] = own[i] != 0.0f ? view.ratio[i] / own[i] : 0.0f;
         }
     }
     view.gate            = {};
@@ -111,12 +113,9 @@ void fate_engine::see(const block & from, const block & to, fate_device_view & v
     view.selection_bias  = numbers_of(to.selection_bias);
     view.scale.resize(to.n_experts);
     view.weights.resize(static_cast<size_t>(to.n_experts) * view.gate.stride);
-    std::vector<float> row(n_embd);
     for (int32_t e = 0; e < to.n_experts; ++e) {
-        for (int32_t i = 0; i < n_embd; ++i) {
-            row[i] = weights[static_cast<size_t>(e) * n_embd + i] * ratio[i];
-        }
-        view.scale[e] = fate_gate_pack(row.data(), n_embd, &view.weights[static_cast<size_t>(e) * view.gate.stride]);
+        view.scale[e] =
+            fate_gate_pack(&weights[static_cast<size_t>(e) * n_embd], n_embd, &view.weights[static_cast<size_t>(e) * view.gate.stride]);
     }
 }
 
@@ -143,6 +142,17 @@ std::vector<fate_device_view> fate_engine::views_of(int32_t layer) const {
     return sees_any ? views : std::vector<fate_device_view>();
 }
 
+// What the routers that layers see take of a GPU, at most.
+int64_t fate_engine::view_bytes_on(ggml_backend_dev_t dev) const {
+    int64_t bytes = 0;
+    for (const auto & b : blocks_) {
+        if (looks() && b->dev == dev && b->gate_inp) {
+            bytes += static_cast<int64_t>(distances().size()) * b->n_experts * fate_gate_stride(static_cast<int32_t>(b->gate_inp->ne[0]));
+        }
+    }
+    return bytes;
+}
+
 // Why layers that were to tell of later ones do not, "" if some do.
 std::string fate_engine::why_blind() const {
     std::string why;
@@ -165,6 +175,7 @@ void fate_engine::open_views() {
             view.gate.scale          = view.scale.data();
             view.gate.bias           = view.bias.empty() ? nullptr : view.bias.data();
             view.gate.selection_bias = view.selection_bias.empty() ? nullptr : view.selection_bias.data();
+            view.gate.ratio          = view.ratio.empty() ? nullptr : view.ratio.data();
         }
     }
     std::vector<int32_t> horizons;

@@ -158,7 +158,15 @@ static fate_cuda_tensor tensor_of(const fate_device_tensor & from, const void * 
     return t;
 }
 
-fate_cuda_device::fate_cuda_device(int ordinal, const fate_device_config & config) : ordinal_(ordinal), config_(config) {
+// What layers see of others is large, and of use only while it is taken to the device.
+static fate_device_config without_views(fate_device_config config) {
+    for (fate_device_layer & layer : config.layers) {
+        layer.views.clear();
+    }
+    return config;
+}
+
+fate_cuda_device::fate_cuda_device(int ordinal, const fate_device_config & config) : ordinal_(ordinal), config_(without_views(config)) {
     const device_scope scope(ordinal);
     FATE_CUDA(cudaDeviceGetAttribute(&n_blocks_, cudaDevAttrMultiProcessorCount, ordinal));
     chains_ = fate_cuda_chains(ordinal, reinterpret_cast<const void *>(fate_bring<false>));
@@ -328,7 +336,9 @@ void fate_cuda_device::reset() {
     if (!stream_) {
         FATE_CUDA(cudaDeviceSynchronize());
     }
-    last_ = -1;
+    last_      = -1;
+    n_brought_ = 0;
+    n_used_    = 0;
     if (callback_) {
         callback_->reset();
     }
@@ -350,9 +360,6 @@ std::string fate_cuda_device::begin(int32_t n_tokens, bool first_is_bulk, bool l
         if (config_.wants_steps) { // layers that the step leaves out say so
             FATE_CUDA(cudaMemsetAsync(back_.data + parts_of(0).steps, 0, layers_.size() * sizeof(fate_cuda_step), stream_));
         }
-        if (times_.data) {
-            FATE_CUDA(cudaMemsetAsync(times_.data, 0, layers_.size() * FATE_N_TIMES * sizeof(int64_t), stream_));
-        }
         if (prefetch_) {
             note_prefetches();
             prefetch_->begin(device_layers_.data, looks, n_brought_, n_used_, stream_);
@@ -361,6 +368,9 @@ std::string fate_cuda_device::begin(int32_t n_tokens, bool first_is_bulk, bool l
             const parts p = parts_of(0);
             FATE_CUDA(cudaMemsetAsync(back_.data + p.foretold, 0xff, p.chances - p.foretold, stream_));
             FATE_CUDA(cudaMemsetAsync(back_.data + p.chances, 0, p.ids - p.chances, stream_));
+        }
+        if (times_.data) {
+            FATE_CUDA(cudaMemsetAsync(times_.data, 0, layers_.size() * FATE_N_TIMES * sizeof(int64_t), stream_));
         }
         bulk_->begin(first_is_bulk, stream_);
         return "";
@@ -486,13 +496,16 @@ std::string fate_cuda_device::end(int which) {
     try {
         const device_scope scope(ordinal_);
         const parts        p = parts_of(n_tokens_);
+        if (prefetch_) {
+            prefetch_->watch(device_layers_.data);
+            if (n_foretold() > 0) { // the record waits for whoever tells
+                prefetch_->join(stream_);
+            }
+        }
         FATE_CUDA(cudaMemcpyAsync(home_[which].data, back_.data, p.size, cudaMemcpyDeviceToHost, stream_));
         FATE_CUDA(cudaEventRecord(is_home_[which].handle, stream_));
         tokens_in_[which] = n_tokens_;
         last_             = which;
-        if (prefetch_) {
-            prefetch_->watch(device_layers_.data);
-        }
         return "";
     } catch (const fate_error & e) {
         return e.what();

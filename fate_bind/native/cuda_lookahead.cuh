@@ -144,7 +144,8 @@ static __device__ void fate_score(const fate_cuda_layer * layers, fate_cuda_sigh
         extern __shared__ float s_input[];
         const int               n = view.gate.n_embd;
         for (int i = tid; i < static_cast<int>(fate_input_bytes(n) / sizeof(float)); i += FATE_CUDA_THREADS) {
-            s_input[fate_input_place(i)] = i < n ? __ldcg(sight.input + i) : 0.0f;
+            const float x                = i < n ? __ldcg(sight.input + i) : 0.0f;
+            s_input[fate_input_place(i)] = view.gate.ratio && i < n ? x * view.gate.ratio[i] : x;
         }
         __syncthreads();
         const int32_t expert = static_cast<int32_t>(chunk) * FATE_CHUNK + tid / 32;

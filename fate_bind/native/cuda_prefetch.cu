@@ -8,7 +8,6 @@
 static const int MAX_BLOCKS = 8; // that copy: a pause of one is hidden by the others
 
 fate_cuda_prefetch::fate_cuda_prefetch(int ordinal, const fate_device_config & config, size_t max_experts) :
-    layers_(config.layers),
     n_layers_(config.layers.size()),
     max_experts_(max_experts),
     wanted_(config.prefetch_experts),
@@ -24,7 +23,7 @@ fate_cuda_prefetch::fate_cuda_prefetch(int ordinal, const fate_device_config & c
         ended_[i].create();
     }
     settled_.create();
-    see();
+    see(config.layers);
     int n_processors = 0;
     FATE_CUDA(cudaDeviceGetAttribute(&n_processors, cudaDevAttrMultiProcessorCount, ordinal));
     n_blocks_   = std::max(1, std::min(MAX_BLOCKS, n_processors / 8)); // ops find room beside it
@@ -45,16 +44,19 @@ fate_cuda_prefetch::~fate_cuda_prefetch() {
 }
 
 // What layers see of others: where it lies on the device.
-void fate_cuda_prefetch::see() {
+void fate_cuda_prefetch::see(const std::vector<fate_device_layer> & layers) {
+    for (const fate_device_layer & layer : layers) {
+        index_.push_back(layer.index);
+    }
     std::vector<int8_t> weights;
     std::vector<float>  numbers;
     for (size_t i = 0; i < n_layers_; ++i) {
-        const fate_device_layer & layer = layers_[i];
+        const fate_device_layer & layer = layers[i];
         max_embd_                       = std::max(max_embd_, layer.views.empty() ? 0 : layer.n_embd);
         for (const fate_device_view & view : layer.views) {
             n_views_ += view.index >= 0;
             weights.insert(weights.end(), view.weights.begin(), view.weights.end());
-            for (const std::vector<float> * part : { &view.scale, &view.bias, &view.selection_bias }) {
+            for (const std::vector<float> * part : { &view.scale, &view.bias, &view.selection_bias, &view.ratio }) {
                 numbers.insert(numbers.end(), part->begin(), part->end());
             }
         }
@@ -80,17 +82,17 @@ void fate_cuda_prefetch::see() {
         fate_cuda_sight & sight = views_[i];
         memset(&sight, 0, sizeof(sight));
         sight.input  = inputs_.data + i * max_embd_;
-        sight.n_embd = layers_[i].n_embd;
+        sight.n_embd = layers[i].n_embd;
         for (size_t v = 0; v < FATE_LOOKAHEAD_LAYERS; ++v) {
             fate_cuda_view & view = sight.views[v];
             view.target           = -1;
             view.selection        = selections_.data + (i * FATE_LOOKAHEAD_LAYERS + v) * max_experts_;
-            if (v >= layers_[i].views.size()) {
+            if (v >= layers[i].views.size()) {
                 continue;
             }
-            const fate_device_view & from = layers_[i].views[v];
+            const fate_device_view & from = layers[i].views[v];
             for (size_t target = 0; target < n_layers_; ++target) {
-                view.target = layers_[target].index == from.index ? static_cast<int32_t>(target) : view.target;
+                view.target = index_[target] == from.index ? static_cast<int32_t>(target) : view.target;
             }
             view.distance            = from.distance;
             view.gate                = from.gate;
@@ -98,6 +100,7 @@ void fate_cuda_prefetch::see() {
             view.gate.scale          = take(from.scale);
             view.gate.bias           = take(from.bias);
             view.gate.selection_bias = take(from.selection_bias);
+            view.gate.ratio          = take(from.ratio);
             weight += from.weights.size();
             n_chunks_[i] += fate_n_chunks(view);
         }
@@ -105,7 +108,11 @@ void fate_cuda_prefetch::see() {
     FATE_CUDA(cudaMemcpy(sights_.data, views_.data(), n_layers_ * sizeof(fate_cuda_sight), cudaMemcpyHostToDevice));
     n_input_ = fate_input_bytes(max_embd_);
     for (const void * kernel : { reinterpret_cast<const void *>(fate_fetch), reinterpret_cast<const void *>(fate_look_on) }) {
-        FATE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(n_input_)));
+        cudaFuncAttributes now;
+        FATE_CUDA(cudaFuncGetAttributes(&now, kernel));
+        if (now.maxDynamicSharedSizeBytes < static_cast<int>(n_input_)) { // another engine may need more
+            FATE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(n_input_)));
+        }
     }
 }
 
@@ -121,7 +128,7 @@ void fate_cuda_prefetch::foretell(const fate_predictions & predictions, const in
             if (view.target < 0 || horizon == predictions.horizons.end()) {
                 continue;
             }
-            const size_t at = predictions.at(horizon - predictions.horizons.begin(), layers_[view.target].index);
+            const size_t at = predictions.at(horizon - predictions.horizons.begin(), index_[view.target]);
             view.ids        = foretold_.data + at;
             view.chances    = foretold_chances_.data + at;
             view.end        = end;
@@ -157,12 +164,7 @@ void fate_cuda_prefetch::reset(cudaStream_t stream) {
 }
 
 void fate_cuda_prefetch::begin(const fate_cuda_layer * layers, bool looks, int64_t n_brought, int64_t n_used, cudaStream_t stream) {
-    if (is_busy_) {
-        for (int i = 0; i < 2; ++i) {
-            FATE_CUDA(cudaEventRecord(ended_[i].handle, i == 0 ? side_ : planner_));
-            FATE_CUDA(cudaStreamWaitEvent(stream, ended_[i].handle, 0));
-        }
-    }
+    join(stream);
     is_busy_    = false;
     is_watched_ = false;
     rests_      = !waits_ && !worth_.begin(n_brought, n_used);
@@ -170,6 +172,13 @@ void fate_cuda_prefetch::begin(const fate_cuda_layer * layers, bool looks, int64
     fate_settle<<<static_cast<unsigned>((n_layers_ + 31) / 32), 32, 0, stream>>>(layers, static_cast<int32_t>(n_layers_), looks_);
     FATE_CUDA(cudaGetLastError());
     FATE_CUDA(cudaEventRecord(settled_.handle, stream));
+}
+
+void fate_cuda_prefetch::join(cudaStream_t stream) {
+    for (int i = 0; is_busy_ && i < 2; ++i) {
+        FATE_CUDA(cudaEventRecord(ended_[i].handle, i == 0 ? side_ : planner_));
+        FATE_CUDA(cudaStreamWaitEvent(stream, ended_[i].handle, 0));
+    }
 }
 
 void fate_cuda_prefetch::look_on(const fate_cuda_layer * layers, size_t from, cudaStream_t stream) {

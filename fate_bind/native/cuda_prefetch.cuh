@@ -220,6 +220,7 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_fetch(const fat
                         s_found.view = v;
                     }
                 }
+                __threadfence(); // of what is shown the input is there
             }
             __syncthreads();
             if (s_found.view >= 0) {
@@ -394,6 +395,10 @@ static __device__ bool fate_is_quiet(const fate_cuda_layer & layer, fate_cuda_ah
     }
     __syncthreads();
     const bool is_quiet = ahead.piece == FATE_QUIET_YES;
+    if (is_quiet && threadIdx.x < FATE_PREFETCH_MAX) { // what was late when this block looked no longer is
+        ahead.is_open[threadIdx.x] = false;
+        ahead.is_late[threadIdx.x] = false;
+    }
     __syncthreads();
     return is_quiet;
 }

@@ -32,20 +32,22 @@ public:
     void look_on(const fate_cuda_layer * layers, size_t from, cudaStream_t stream);
     // The step was enqueued: layers are looked after beside it, where it looks and does not wait.
     void watch(const fate_cuda_layer * layers);
+    // What the stream does next comes behind all that is beside the step.
+    void join(cudaStream_t stream);
     // chance[n_all][stride], by index, for the step begun last.
     void launch(const fate_cuda_layer * layers, const int32_t * index, const float * chance, size_t n_all, int32_t stride,
                 cudaStream_t stream);
 
 private:
-    void see();
+    void see(const std::vector<fate_device_layer> & layers);
     void fetch(const fate_cuda_layer * layers, bool stays, cudaStream_t stream);
 
-    const std::vector<fate_device_layer> layers_;
-    const size_t                         n_layers_;
-    const size_t                         max_experts_;
-    const int32_t                        wanted_;
-    const float                          threshold_;
-    const bool                           waits_;
+    std::vector<int32_t> index_; // of each layer, among all
+    const size_t         n_layers_;
+    const size_t         max_experts_;
+    const int32_t        wanted_;
+    const float          threshold_;
+    const bool           waits_;
 
     device_array<char>           plans_;
     device_array<char>           sights_;

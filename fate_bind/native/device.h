@@ -43,6 +43,7 @@ struct fate_device_view {
     std::vector<float>  scale;
     std::vector<float>  bias;
     std::vector<float>  selection_bias;
+    std::vector<float>  ratio;
 };
 
 struct fate_device_layer {

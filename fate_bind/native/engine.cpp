@@ -68,7 +68,7 @@ void fate_engine::open_routers() {
 void fate_engine::foretell() {
     for (auto & device : devices_) {
         const block & first = first_of(*device);
-        if (predictions_ && looks() && first.router) {
+        if (predictions_ && looks() && first.router && first.route_dev) {
             device->foretell(*predictions_, *first.router);
         }
     }

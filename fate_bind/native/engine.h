@@ -174,6 +174,7 @@ private:
     void        prefetch(int32_t layer, const float * chance);
 
     static void                   see(const block & from, const block & to, fate_device_view & view);
+    int64_t                       view_bytes_on(ggml_backend_dev_t dev) const;
     std::vector<int32_t>          distances() const;
     std::vector<fate_device_view> views_of(int32_t layer) const;
 

@@ -72,11 +72,12 @@ enum {
     FATE_COUNTER_ROWS_ALL_RESIDENT = 10, // of these, tokens without a miss
 
     // prefetch; all but the last two count experts
-    FATE_COUNTER_PREFETCHES         = 11, // begun; fills too
-    FATE_COUNTER_PREFETCH_USEFUL    = 12, // of these, complete at their first use: hits
-    FATE_COUNTER_PREFETCH_LATE      = 13, // of these, still on their way at their first use: misses
-    FATE_COUNTER_PREFETCH_WASTED    = 14, // of these, evicted before any use
-    FATE_COUNTER_PREFETCH_CANCELLED = 15, // planned and not begun when their layer ran without them
+    FATE_COUNTER_PREFETCHES      = 11, // begun; fills too
+    FATE_COUNTER_PREFETCH_USEFUL = 12, // of these, complete at their first use: hits
+    FATE_COUNTER_PREFETCH_LATE   = 13, // of these, still on their way at their first use: misses
+    FATE_COUNTER_PREFETCH_WASTED = 14, // of these, evicted before any use
+    FATE_COUNTER_PREFETCH_CANCELLED =
+        15, // planned, and not begun when a nearer layer no longer told of them or their layer ran; may be planned again
     FATE_COUNTER_PREFETCH_WAITED_NS = 16, // that layers waited for those that were late
     FATE_N_COUNTERS                 = 17,
 };
@@ -85,7 +86,7 @@ enum {
 enum fate_time {
     FATE_TIME_OP_BEGAN  = 0,  // the layer's op has its ids
     FATE_TIME_OP_COPIES = 1,  // it knows what it lacks
-    FATE_TIME_OP_DONE   = 2,  // it has it
+    FATE_TIME_OP_DONE   = 2,  // it has it; 0 where it had all when it began
     FATE_TIME_PLANNED   = 3,  // the first plan for the layer
     FATE_TIME_WATCHED   = 4,  // whoever copies beside the step has come; of a device's first layer
     FATE_TIME_LEFT      = 5,  // and gone

@@ -2,8 +2,7 @@
 // No ggml, no allocation.
 //
 // The hidden state changes little from layer to layer, so that a later router, given an earlier one's input, names most of the experts that it will choose.
-// Its weights are kept in 8 bits a number, with the ratio of the two layers' norm weights in them: read beside the step, they take a part of its memory
-// bandwidth. Experts are ranked by what the model selects them by; their chance is made of the rank alone: at least a half for as many as a token uses.
+// Its weights are kept in 8 bits a number: read beside the step, they take a part of its memory bandwidth. Experts are ranked by what the model selects them by; their chance is made of the rank alone: at least a half for as many as a token uses.
 #pragma once
 
 #include "rule.h"
@@ -25,7 +24,9 @@ struct fate_gate {
     int32_t        k;
     const float *  bias;           // of the logits, null: none
     const float *  selection_bias; // of what is selected by, null: none
-    bool           is_sigmoid;     // selected by the sigmoid of the logits
+    const float *
+         ratio; // [n_embd], that the input is multiplied by: the later layer's norm weights over the earlier one's; null: taken as it is
+    bool is_sigmoid; // selected by the sigmoid of the logits
 };
 
 inline int32_t fate_gate_stride(int32_t n_embd) {
@@ -68,7 +69,7 @@ inline void fate_gate_chances(const fate_gate & gate, const float * x, float * s
         const int8_t * row = gate.weights + static_cast<int64_t>(e) * gate.stride;
         float          sum = 0.0f;
         for (int32_t i = 0; i < gate.n_embd; ++i) {
-            sum += static_cast<float>(row[i]) * x[i];
+            sum += static_cast<float>(row[i]) * (gate.ratio ? x[i] * gate.ratio[i] : x[i]);
         }
         selection[e] = fate_gate_selection(gate, e, sum);
     }

@@ -46,7 +46,7 @@ std::vector<fate_budget> fate_engine::budgets() const {
         ggml_backend_dev_memory(gpus_[i], &free, &total);
         const int64_t spared = config_.vram_bytes > 0 ? std::max<int64_t>(static_cast<int64_t>(total) - config_.vram_bytes, 0) : 0;
         const int64_t ours   = static_cast<int64_t>(free) - spared;
-        const int64_t bytes  = std::min(ours - config_.vram_margin, most_[i]);
+        const int64_t bytes  = std::min(ours - config_.vram_margin - view_bytes_on(gpus_[i]), most_[i]);
         all.push_back({ bytes, pool_.staging_bytes_on(gpus_[i]), ours, config_.vram_margin });
     }
     return all;

@@ -1,7 +1,7 @@
 // Whether prefetch beside the step pays: by what becomes of it. No ggml, no CUDA.
 //
-// Of what is brought in, a share is used by the very token it came for. Where that is too little, prefetch rests, first for some steps, then for twice as
-// many each time, up to a limit; in between it is tried again.
+// Of what is brought in, a share is used before it goes. Where that is too little, prefetch rests, first for some steps, then for twice as many each time, up to
+// a limit; in between it is tried again. What the link and the waiting cost is not weighed.
 #pragma once
 
 #include <algorithm>

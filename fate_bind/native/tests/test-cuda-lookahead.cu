@@ -38,7 +38,7 @@ struct shape {
 // A router on both sides.
 struct both {
     std::vector<int8_t> weights;
-    std::vector<float>  scale, bias, selection_bias;
+    std::vector<float>  scale, bias, selection_bias, ratio;
     fate_gate           host, device;
 };
 
@@ -61,6 +61,7 @@ static both router(const shape & s, std::mt19937 & random) {
     b.scale          = whole(s.n_experts, 1, 2);
     b.bias           = whole(s.n_experts, -300, 300);
     b.selection_bias = whole(s.n_experts, -1, 1);
+    b.ratio          = whole(s.n_embd, 1, 3);
     b.host           = { b.weights.data(),
                          b.scale.data(),
                          stride,
@@ -69,11 +70,13 @@ static both router(const shape & s, std::mt19937 & random) {
                          s.k,
                          s.has_bias ? b.bias.data() : nullptr,
                          s.has_selection_bias ? b.selection_bias.data() : nullptr,
+                         s.has_bias ? b.ratio.data() : nullptr,
                          s.is_sigmoid };
     b.device         = b.host;
     b.device.weights = uploaded(b.weights);
     b.device.scale   = uploaded(b.scale);
     b.device.bias    = s.has_bias ? uploaded(b.bias) : nullptr;
+    b.device.ratio   = s.has_bias ? uploaded(b.ratio) : nullptr;
     if (s.has_selection_bias) {
         b.device.selection_bias = uploaded(b.selection_bias);
     }

@@ -20,7 +20,7 @@ static router packed(const std::vector<std::vector<float>> & rows, int32_t k) {
     for (size_t e = 0; e < rows.size(); ++e) {
         r.scale.push_back(fate_gate_pack(rows[e].data(), n_embd, &r.weights[e * stride]));
     }
-    r.gate = { r.weights.data(), r.scale.data(), stride, n_embd, static_cast<int32_t>(rows.size()), k, nullptr, nullptr, false };
+    r.gate = { r.weights.data(), r.scale.data(), stride, n_embd, static_cast<int32_t>(rows.size()), k, nullptr, nullptr, nullptr, false };
     return r;
 }
 
@@ -40,6 +40,21 @@ static void test_rows_are_packed() {
     const float nothing[] = { 0.0f, 0.0f };
     CHECK(fate_gate_pack(nothing, 2, packed) == 1.0f && packed[0] == 0);
     CHECK(fate_gate_stride(16) == 16 && fate_gate_stride(17) == 32);
+}
+
+// A channel that the earlier norm makes small and the later one does not.
+static void test_norms_of_both_layers_count() {
+    router r = packed(
+        {
+            { 1,    0.2f },
+            { 0.9f, 1    }
+    },
+        1);
+    const std::vector<float> x       = { 1.0f, 0.001f };
+    const float              ratio[] = { 1.0f, 1000.0f };
+    CHECK(chances(r.gate, x)[0] == 1.0f);
+    r.gate.ratio = ratio;
+    CHECK(chances(r.gate, x)[1] == 1.0f);
 }
 
 static void test_as_many_as_a_token_uses_have_a_half() {
@@ -108,6 +123,7 @@ static void test_ranks_survive() {
 
 int main() {
     test_rows_are_packed();
+    test_norms_of_both_layers_count();
     test_as_many_as_a_token_uses_have_a_half();
     test_biases_and_the_sigmoid_are_the_models();
     test_ranks_survive();
