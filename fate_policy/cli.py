@@ -81,7 +81,7 @@ def _replay_arguments(parser: argparse.ArgumentParser) -> None:
         default=["lru", "frequency", "optimum"],
         metavar="NAME,...",
         help="as `fate policies` lists them, with parameters as in frequency:half_life_tokens=64+lfru=true; "
-        "lfu (all-time counts), lfru, optimum; a .yaml file; default: lru,frequency,optimum",
+        "lfu (all-time counts), lfru, optimum; the policy of a .yaml file; default: lru,frequency,optimum",
     )
     parser.add_argument(
         "--capacity",

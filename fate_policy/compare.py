@@ -116,15 +116,14 @@ def compare(
         When scores come into force, as in a configuration. LRU and the optimum have none.
     prefetch
         What comes in before its layer, as `fate_policy.replay` does it; rows then tell `prefetched_per_token`
-        and `useful`, the share of these that were used.
+        and `useful`, the share of these that were used. Policies that know the future go without.
     n_jobs
         Workers, as joblib takes them. None: one, or those of a `joblib.parallel_config` around the call,
         which may be a Dask or Ray cluster; its workers open traces given by path themselves.
     """
     checks.integer("refresh_tokens", refresh_tokens, minimum=1)
     named = [_named(item, folder) for item in routed]
-    for policy in policies:
-        make(policy)
+    is_offline = {policy: isinstance(make(policy), OfflinePolicy) for policy in policies}
     jobs = [
         Job(
             where,
@@ -139,7 +138,7 @@ def compare(
             resident_tokens_s,
             sync,
             refresh_tokens,
-            prefetch,
+            None if is_offline[policy] else prefetch,
         )
         for where, name in named
         for capacity in capacities
@@ -147,7 +146,10 @@ def compare(
     ]
     bar = Bar(len(jobs), progress)
     try:
-        return list(_run(jobs, n_jobs, bar))
+        rows = list(_run(jobs, n_jobs, bar))
+        if prefetch is not None:
+            rows = [{"prefetched_per_token": None, "useful": None, **row} for row in rows]
+        return rows
     finally:
         bar.clear()
 
@@ -286,7 +288,7 @@ def run_job(job: Job, say: Say = lambda share: None) -> dict[str, Any]:
     }
     if job.prefetch is not None:
         n, useful = int(counters.prefetches.sum()), int(counters.prefetch_useful.sum())
-        row |= {"prefetched_per_token": n / n_tokens, "useful": useful / n if n else float("nan")}
+        row |= {"prefetched_per_token": n / n_tokens, "useful": useful / n if n else None}
     if job.resident_tokens_s is not None:
         if size is None or result.missed is None:
             raise TraceError(f"trace {job.name} does not tell an expert's bytes; give them")

@@ -64,8 +64,8 @@ class Recall:
 
 
 def measure(trace: Trace) -> list[Recall]:
-    """Measure each horizon of a trace, the nearest first; [] where no predictions were recorded."""
-    if trace.ahead_ids is None:
+    """Measure each horizon of a trace, the nearest first; [] where nothing was told."""
+    if trace.ahead_ids is None or not (trace.ahead_ids >= 0).any():
         return []
     told = [
         (trace.ahead_ids[:, horizon:, at] >= 0).any(axis=(1, 2)) for at, horizon in enumerate(trace.horizons)

@@ -89,13 +89,14 @@ def replay(
 
 def _check_ahead(trace: Trace, never_runs: NDArray[np.bool_], is_whole: NDArray[np.bool_], kind: str) -> None:
     """Raise `TraceError` if the trace does not hold what the routers told of the layers ahead."""
-    if trace.ahead_ids is None:
-        raise TraceError(
-            f"prefetch: {kind} brings in what routers told of the layers ahead, and the trace holds none of "
-            "that; record it with --fate-prefetch layer, or replay prefetch: token"
-        )
     bounds = trace.step_bounds()
     is_alone = np.diff(bounds) == 1
+    if trace.ahead_ids is None or (is_alone.any() and not (trace.ahead_ids >= 0).any()):
+        raise TraceError(
+            f"prefetch: {kind} brings in what routers told of the layers ahead, and the trace holds none of "
+            "that; record it with --fate-prefetch layer, and without a GPU with --fate-sync, or replay "
+            "prefetch: token"
+        )
     if never_runs.any() and not never_runs.all() and is_whole[bounds[:-1][is_alone]].any():
         raise TraceError(
             f"prefetch: {kind} is replayed where all layers run, and layer {int(np.argmax(never_runs))} of "

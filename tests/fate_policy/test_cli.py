@@ -18,6 +18,7 @@ from policy_contract import real_trace, synthetic_trace, with_predictions
 from fate_bind import library
 from fate_bind.__main__ import main
 from fate_policy import config, cost
+from fate_policy.belady import Belady
 from fate_policy.classifier import Classifier
 from fate_policy.prefetch_rule import Prefetch
 from fate_policy.recall import COLUMNS, measure
@@ -180,6 +181,23 @@ def test_replay_prefetches_what_a_policy_predicts(capsys: pytest.CaptureFixture[
     assert row["useful"] == totals["prefetch_useful"] / totals["prefetches"]
     assert main(command) == 0
     assert capsys.readouterr().out.split("\n")[0].split()[-2:] == ["prefetched_per_token", "useful"]
+
+
+def test_the_optimum_goes_without_prefetch(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is among the policies by default and in the plot; where nothing comes in, no share of it is used."""
+    with_predictions(real_trace(), (2, 1), 8).save("told.npz")
+    command = ["replay", "told", "--policy", "lru,optimum", "--capacity", "4,8", "--prefetch", "layer"]
+    assert main([*command, "--format", "json", "--plot", "plot.png"]) == 0
+    few, bound, more, _ = json.loads(capsys.readouterr().out)
+    assert few["prefetched_per_token"] == 0
+    assert few["useful"] is None
+    assert more["useful"] > 0
+    assert bound["prefetched_per_token"] is bound["useful"] is None
+    without = replay(real_trace(), Belady(), n_slots=4)
+    assert bound["hit_rate"] == without.hit_rate
+    assert Path("plot.png").exists()
+    assert main(command) == 0
+    assert capsys.readouterr().out.split("\n")[1].split()[-2:] == ["0.000", "-"]
 
 
 def test_replay_prefetches_what_routers_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -509,7 +509,7 @@ def test_layers_ahead_need_no_policy_that_predicts(tmp_path: Path) -> None:
 
 def test_a_trace_must_tell_of_the_layers_ahead() -> None:
     for kind in ("layer", "both"):
-        fault = f"^prefetch: {kind} brings in what routers told .*; record it with --fate-prefetch layer, or"
+        fault = f"^prefetch: {kind} brings in what routers told .*; record it with --fate-prefetch layer, and"
         with pytest.raises(TraceError, match=fault):
             replay(synthetic_trace(), Repeating(False), prefetch=Prefetch(kind=kind))
 
