@@ -68,11 +68,11 @@ def with_trained(config: Config, model: Path | None) -> Config:
     """Have a classifier that names no file take the one beside the model: NAME.fate.npz of NAME.gguf."""
     if config.policy != "classifier" or config.params.get("model") is not None or model is None:
         return config
-    path = model.with_suffix(".fate.npz")
+    path = modelfile.check(model).with_suffix(".fate.npz")
     if not path.exists():
         raise PolicyConfigError(
             f"classifier: no file is named, and {path} does not exist; fit it with `fate train TRACE.npz "
-            f"--output {path}`, or name another under classifier: model:"
+            f"--test OTHER.npz --output {path}`, or name another under classifier: model:"
         )
     return replace(config, params={**config.params, "model": str(path)})
 

@@ -111,9 +111,16 @@ class VerifyResult:
         return (
             f"identical: {self.n_logits} logits over {self.n_tokens} tokens, "
             f"{self.n_layers_engaged} of {self.n_layers} MoE layers engaged, "
-            f"{self.pooled} pooled pairs, {self.fills} fills, {self.evictions} evictions; "
+            f"{self.pooled} pooled pairs, {self.fills} fills, {self.evictions} evictions{self._ahead}; "
             f"reference: {self.reference}"
         )
+
+    @property
+    def _ahead(self) -> str:
+        prefetched = int(self.report.counters.prefetches.sum())
+        if prefetched:
+            return f", {prefetched} prefetched"
+        return f", nothing prefetched: {self.report.no_prefetch}" if self.report.no_prefetch else ""
 
 
 def verify(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from exactness.test_prefetch import ARGS, N_EXPERTS, N_LAYERS, Forged, K, Scorin
 from fate_bind import library
 from fate_bind.errors import EngineError
 from fate_bind.session import Session
+from fate_bind.verify import verify
 from fate_policy.base import Policy
+from fate_policy.errors import TraceError
 from fate_policy.prefetch_rule import Prefetch
 from fate_policy.recall import measure
 from fate_policy.replay import replay
@@ -114,6 +117,25 @@ def test_on_the_host_without_sync_it_says_why_there_is_none(plain: Plain) -> Non
         session.logits([2])
         assert session.counters().totals()["prefetches"] == 0
         assert "CPU" in session.stats()["no_prefetch"]
+
+
+@pytest.mark.parametrize(
+    ("sync", "said"), [(True, r", \d+ prefetched;"), (False, ", nothing prefetched: the layers run")]
+)
+def test_verify_tells_whether_anything_was_prefetched(sync: bool, said: str) -> None:
+    found = verify(prompt=range(1, 20), n_tokens=6, slots=10, prefetch="layer", sync=sync)
+    assert found.exit_code == 0
+    assert re.search(said, found.message), found.message
+
+
+def test_a_recording_in_which_nothing_was_told_is_no_source_for_replay(plain: Plain, tmp_path: Path) -> None:
+    path = tmp_path / "trace.npz"
+    with plain[0].fork(slots=10, prefetch="layer", record=path) as session:
+        drive(session)
+    trace = load(path)
+    assert measure(trace) == []
+    with pytest.raises(TraceError, match=r"holds none of that; record it .* --fate-sync"):
+        replay(trace, "lru", prefetch=Prefetch(kind="layer"))
 
 
 @pytest.mark.parametrize("name", ENGAGING)
