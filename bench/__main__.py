@@ -124,6 +124,13 @@ def _routing(group: Group, shape: Shape, args: argparse.Namespace) -> Routing:
     return without_last(made, shape) if group.spares_last else made
 
 
+def _saved_routing(group: Group, shape: Shape, args: argparse.Namespace) -> tuple[Routing, Path]:
+    made = _routing(group, shape, args)
+    table: Path = args.out / f"routing-{group.name}.npz"
+    np.savez(table, ids=made.ids, tokens=made.tokens)
+    return made, table
+
+
 def _classifier(args: argparse.Namespace, name: str, shape: Shape) -> Path:
     path: Path = args.prepared / f"classifier-{name}-{shape.n_layers}.npz"
     return path
@@ -161,9 +168,7 @@ def _run(group: Group, plan: Plan, args: argparse.Namespace) -> bool:
         return True
     shape, model = Models(args.models).get(group.model)
     print(f"{time.monotonic() - began:6.1f} s  {group.name}  model {model}", flush=True)
-    made = _routing(group, shape, args)
-    table = args.out / f"routing-{group.name}.npz"
-    np.savez(table, ids=made.ids, tokens=made.tokens)
+    made, table = _saved_routing(group, shape, args)
     print(f"{time.monotonic() - began:6.1f} s  {group.name}  routing {made.source['way']}", flush=True)
     settings: dict[str, Any] = _tuned(args.out, group)
     given = {"kv": args.kv, "throttle": args.throttle, "threads": args.threads, "load": args.load}
@@ -193,9 +198,7 @@ def prepared(
     """
     args = arguments().parse_args(["--out", str(out), "--prepared", str(folder)])
     group, shape = Group(f"{model}-tool", model, names), SHAPES[model]
-    made = _routing(group, shape, args)
-    table = out / f"routing-{group.name}.npz"
-    np.savez(table, ids=made.ids, tokens=made.tokens)
+    made, table = _saved_routing(group, shape, args)
     settings: dict[str, Any] = {"classifier": str(_classifier(args, model, shape).resolve())}
     if any(arm.needs_ahead for arm in group.arms()):
         settings["ahead"] = str(_ahead(args, group, shape).resolve())

@@ -28,6 +28,9 @@ OP_BEGAN, OP_COPIES, OP_DONE, PLANNED, WATCHED, LEFT, BEGUN, COMPLETE = 0, 1, 2,
 ENTRIES = 16
 """Columns of `Session.times`, by FATE_TIME_* of fate.h."""
 
+_A_WAIT = 20.0
+"""Microseconds from which a layer is said to wait for copies."""
+
 
 @dataclass(frozen=True, eq=False)
 class Token:
@@ -87,7 +90,7 @@ def summary(tokens: list[Token]) -> dict[str, float]:
     return {
         "span": float(np.mean([token.span for token in tokens])),
         "waiting": float(np.mean([token.waiting.sum() for token in tokens])),
-        "layers that wait": float(np.mean([(token.waiting > 20).sum() for token in tokens])),
+        "layers that wait": float(np.mean([(token.waiting > _A_WAIT).sum() for token in tokens])),
         "watched from": _mean(watched[:, 0]),
         "watched to": _mean(watched[:, 1]),
         "planned layers": float(np.mean([(~np.isnan(token.planned)).sum() for token in tokens])),

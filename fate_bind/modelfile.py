@@ -68,6 +68,13 @@ def of(args: Sequence[str]) -> Path | None:
     return Path(named[-1]) if named else None
 
 
+def meant(model: str | Path | None, args: Sequence[str]) -> Path | None:
+    """Return `model`, or what `args` name, or else the embedded model; None: it comes from elsewhere."""
+    if model is not None:
+        return Path(model)
+    return of(args) if placement.names_model(args) else EMBEDDED
+
+
 def check_args(args: Sequence[str], is_list: bool = False) -> None:
     """Check the models that -m names; with `is_list` it may name several, separated by commas."""
     for value in _named(args):

@@ -83,7 +83,7 @@ class _Model:
     def __init__(self, path: str | Path | None, args: Sequence[str], place: bool) -> None:
         ffi, lib = library.load()
         placement.refuse_ends(args)
-        self.path = modelfile.of(args) if path is None else Path(path)
+        self.path = modelfile.meant(path, args)
         argv = ["fate", *args]
         if path is None:
             modelfile.check_args(args)
@@ -169,7 +169,7 @@ class Session:
         host = None
         if fate:
             if instance is None:
-                config = with_trained(config, modelfile.of(args) if model is None else Path(model))
+                config = with_trained(config, modelfile.meant(model, args))
             host = Host(config, instance, Path(record) if record else None, require, throttle_gbps, times)
         with interrupts.held():
             self._open(_Model(model, args, place), host)
@@ -508,6 +508,8 @@ class Session:
             engine = lib.fate_context_engine(context)
             if engine == ffi.NULL:
                 raise EngineError("there is no engine whose times could be told; open with fate=True")
+            if self._host is None or not self._host.times:
+                raise EngineError("no times were kept in this session; open it with times=True")
             info = ffi.new("fate_info *")
             self._check(lib.fate_engine_get_info(engine, info))
             found = np.zeros((info.geometry.n_layers, lib.FATE_N_TIMES), np.int64)

@@ -164,8 +164,7 @@ def verify(
     if config.slots.kind == "auto" and slots is None and config.vram is None:
         config = replace(config, slots=Slots.parse("50%"))
     if instance is None:
-        path = modelfile.of(args) if model is None else Path(model)
-        config = with_trained(config, modelfile.EMBEDDED if path is None else path)
+        config = with_trained(config, modelfile.meant(model, args))
     host = Host(config, instance, Path(record) if record else None, require)  # refuses before a model loads
     with ExitStack() as stack:
         reference = stack.enter_context(Session(model, args, fate=False, place=place))

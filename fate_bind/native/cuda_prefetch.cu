@@ -5,8 +5,6 @@
 #include <algorithm>
 #include <cstring>
 
-static const int MAX_BLOCKS = 8; // that copy: a pause of one is hidden by the others
-
 fate_cuda_prefetch::fate_cuda_prefetch(int ordinal, const fate_device_config & config, size_t max_experts) :
     n_layers_(config.layers.size()),
     max_experts_(max_experts),
@@ -26,9 +24,9 @@ fate_cuda_prefetch::fate_cuda_prefetch(int ordinal, const fate_device_config & c
     see(config.layers);
     int n_processors = 0;
     FATE_CUDA(cudaDeviceGetAttribute(&n_processors, cudaDevAttrMultiProcessorCount, ordinal));
-    n_blocks_   = std::max(1, std::min(MAX_BLOCKS, n_processors / 8)); // ops find room beside it
+    n_blocks_   = std::max(1, std::min(FATE_CUDA_FILL_BLOCKS, n_processors / 8)); // ops find room beside it
     int least   = 0;
-    int highest = 0;                                                   // so that they are not kept waiting for all the blocks of a product
+    int highest = 0; // of priority: its blocks do not wait for all of a product
     FATE_CUDA(cudaDeviceGetStreamPriorityRange(&least, &highest));
     FATE_CUDA(cudaStreamCreateWithPriority(&side_, cudaStreamNonBlocking, highest));
     const cudaError_t failed = cudaStreamCreateWithPriority(&planner_, cudaStreamNonBlocking, highest); // last: nothing may throw behind it

@@ -19,8 +19,6 @@ public:
     // Points a layer at its part.
     void bind(fate_cuda_layer & layer, size_t at) const;
 
-    bool looks() const { return n_views_ > 0; }
-
     // In place of what layers see; end: of the rows of the step at hand, on the device.
     void foretell(const fate_predictions & predictions, const int64_t * end);
 

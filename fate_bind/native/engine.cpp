@@ -68,7 +68,12 @@ void fate_engine::open_routers() {
 void fate_engine::foretell() {
     for (auto & device : devices_) {
         const block & first = first_of(*device);
-        if (predictions_ && looks() && first.router && first.route_dev) {
+        if (predictions_ && looks() && first.router) {
+            if (!first.route_dev) {
+                throw fate_error(
+                    FATE_STATUS_INVALID,
+                    "predictions are given in place of routers that run on the CPU; expected on the GPU of their experts: raise -ngl");
+            }
             device->foretell(*predictions_, *first.router);
         }
     }

@@ -203,6 +203,8 @@ def test_the_times_of_what_a_gpu_does(fake: Library, model: Path) -> None:
         assert session.times().tolist() == np.arange(2 * n).reshape(2, n).tolist()
     with Session(model, fate=False) as plain, pytest.raises(EngineError, match="no engine"):
         plain.times()
+    with Session(model, slots=3) as untimed, pytest.raises(EngineError, match="open it with times=True"):
+        untimed.times()
 
 
 def test_lru_that_only_looks_ahead_never_calls_python(fake: Library, model: Path) -> None:

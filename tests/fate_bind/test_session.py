@@ -235,6 +235,14 @@ def test_a_model_among_the_flags_is_checked_too(fake: Library, tmp_path: Path, a
         Session(args=[*args, str(path)])
 
 
+def test_the_model_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLAMA_ARG_MODEL", raising=False)
+    assert modelfile.meant("one.gguf", ["-m", "two.gguf"]) == Path("one.gguf")
+    assert modelfile.meant(None, ["-m", "two.gguf"]) == Path("two.gguf")
+    assert modelfile.meant(None, ["-n", "3"]) == EMBEDDED
+    assert modelfile.meant(None, ["-hf", "someone/model"]) is None
+
+
 def test_the_sizes_of_tensor_types_are_those_of_the_format() -> None:
     never_in_files = ("Q8_1", "Q8_K")
     known = {

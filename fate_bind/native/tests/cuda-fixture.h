@@ -5,6 +5,7 @@
 #include "cuda_kernels.cuh"
 #include "layer.h"
 
+#include <cstdio>
 #include <cstring>
 #include <vector>
 
@@ -24,12 +25,26 @@ template <typename T> static T * device(size_t n, int byte = 0) {
     return p;
 }
 
+// In host memory that the device reads.
+template <typename T> static T * mapped(size_t n) {
+    T * p = nullptr;
+    FATE_CUDA(cudaHostAlloc(reinterpret_cast<void **>(&p), n * sizeof(T), cudaHostAllocMapped));
+    return p;
+}
+
 // Behind what is enqueued on the stream.
 template <typename T> static std::vector<T> host(const T * p, size_t n, cudaStream_t stream = nullptr) {
     std::vector<T> out(n);
     FATE_CUDA(cudaMemcpyAsync(out.data(), p, n * sizeof(T), cudaMemcpyDeviceToHost, stream));
     FATE_CUDA(cudaStreamSynchronize(stream));
     return out;
+}
+
+[[maybe_unused]] static void print_prefetches(const char * name, const int64_t * counters) {
+    printf("%10s: %lld prefetches, %lld useful, %lld late, %lld wasted, %lld cancelled\n", name,
+           static_cast<long long>(counters[FATE_COUNTER_PREFETCHES]), static_cast<long long>(counters[FATE_COUNTER_PREFETCH_USEFUL]),
+           static_cast<long long>(counters[FATE_COUNTER_PREFETCH_LATE]), static_cast<long long>(counters[FATE_COUNTER_PREFETCH_WASTED]),
+           static_cast<long long>(counters[FATE_COUNTER_PREFETCH_CANCELLED]));
 }
 
 // A cold layer that is recorded, without its tensors.

@@ -17,12 +17,6 @@ enum order { AWAITED, BESIDE, RUSHED, BEHIND, FORETOLD, N_ORDERS };
 
 static int64_t seen[N_ORDERS][FATE_N_COUNTERS];
 
-template <typename T> static T * mapped(size_t n) {
-    T * p = nullptr;
-    FATE_CUDA(cudaHostAlloc(reinterpret_cast<void **>(&p), n * sizeof(T), cudaHostAllocMapped));
-    return p;
-}
-
 template <typename T> static T * uploaded(const std::vector<T> & from) {
     T * p = device<T>(from.size());
     FATE_CUDA(cudaMemcpy(p, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice));
@@ -339,11 +333,7 @@ int main() {
     }
     static const char * names[] = { "awaited", "beside", "rushed", "behind", "foretold" };
     for (int how = 0; how < N_ORDERS; ++how) {
-        const int64_t * c = seen[how];
-        printf("%10s: %lld prefetches, %lld useful, %lld late, %lld wasted, %lld cancelled\n", names[how],
-               static_cast<long long>(c[FATE_COUNTER_PREFETCHES]), static_cast<long long>(c[FATE_COUNTER_PREFETCH_USEFUL]),
-               static_cast<long long>(c[FATE_COUNTER_PREFETCH_LATE]), static_cast<long long>(c[FATE_COUNTER_PREFETCH_WASTED]),
-               static_cast<long long>(c[FATE_COUNTER_PREFETCH_CANCELLED]));
+        print_prefetches(names[how], seen[how]);
     }
     CHECK(seen[AWAITED][FATE_COUNTER_PREFETCH_USEFUL] > 100 && seen[AWAITED][FATE_COUNTER_PREFETCH_CANCELLED] == 0);
     CHECK(seen[BESIDE][FATE_COUNTER_PREFETCH_USEFUL] > 0);

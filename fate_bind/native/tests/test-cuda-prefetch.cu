@@ -19,12 +19,6 @@ enum order { WAITED_FOR, BESIDE, BEFORE, BEHIND, SKIPPED, N_ORDERS };
 
 static int64_t seen[N_ORDERS][FATE_N_COUNTERS];
 
-template <typename T> static T * mapped(size_t n) {
-    T * p = nullptr;
-    FATE_CUDA(cudaHostAlloc(reinterpret_cast<void **>(&p), n * sizeof(T), cudaHostAllocMapped));
-    return p;
-}
-
 static const int N_PLANS = 3;
 
 static __global__ void __launch_bounds__(FATE_CUDA_THREADS) plan_once(const fate_cuda_layer * layers, const float * chances,
@@ -267,11 +261,7 @@ int main() {
     }
     static const char * names[] = { "waited for", "beside", "before", "behind", "skipped" };
     for (int how = 0; how < N_ORDERS; ++how) {
-        const int64_t * c = seen[how];
-        printf("%10s: %lld prefetches, %lld useful, %lld late, %lld wasted, %lld cancelled\n", names[how],
-               static_cast<long long>(c[FATE_COUNTER_PREFETCHES]), static_cast<long long>(c[FATE_COUNTER_PREFETCH_USEFUL]),
-               static_cast<long long>(c[FATE_COUNTER_PREFETCH_LATE]), static_cast<long long>(c[FATE_COUNTER_PREFETCH_WASTED]),
-               static_cast<long long>(c[FATE_COUNTER_PREFETCH_CANCELLED]));
+        print_prefetches(names[how], seen[how]);
     }
     CHECK(seen[BEFORE][FATE_COUNTER_PREFETCH_USEFUL] > 100 && seen[BEFORE][FATE_COUNTER_PREFETCH_WASTED] > 100);
     CHECK(seen[BEFORE][FATE_COUNTER_PREFETCH_LATE] == 0 && seen[BEFORE][FATE_COUNTER_PREFETCH_CANCELLED] > 0);
