@@ -147,13 +147,13 @@ class Slots:
 
 def parse_size(name: str, value: Any) -> int:
     """Return the bytes that a value such as 1073741824, "8GiB" or "512M" means; 0 is allowed."""
-    if value in (0, "0"):
-        return 0
+    if re.fullmatch(r"\d{1,20}", str(value)) and not isinstance(value, bool) and int(value) <= _MAX_BYTES:
+        return int(value)
     try:
         size = Slots.parse(value)
     except PolicyConfigError:
         raise checks.bad_value(name, value, _SIZE_ALLOWED) from None
-    if size.kind not in ("bytes", "count"):
+    if size.kind != "bytes":
         raise checks.bad_value(name, value, _SIZE_ALLOWED)
     return int(size.values[0])
 

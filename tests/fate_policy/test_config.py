@@ -402,7 +402,11 @@ def test_auto_slots_are_half_of_the_experts_and_enough_for_a_token() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [("8GiB", 2**33), ("512M", 2**29), (1024, 1024), (0, 0), (None, None)]
+    ("value", "expected"),
+    [
+        *(("8GiB", 2**33), ("512M", 2**29), ("8589934592", 2**33), ("0", 0)),
+        *((1024, 1024), (5 * 10**9, 5 * 10**9), (0, 0), (None, None)),
+    ],
 )
 def test_vram_is_a_size(value: object, expected: int | None) -> None:
     assert load("lru", {"vram": value}).vram == expected
@@ -413,7 +417,7 @@ def test_vram_margin_is_a_gib_by_default() -> None:
     assert load("lru", {"vram_margin": "256MiB"}).vram_margin == 2**28
 
 
-@pytest.mark.parametrize("value", ["half", "50%", -1, [1, 2], "auto", 1.5])
+@pytest.mark.parametrize("value", ["half", "50%", -1, [1, 2], "auto", 1.5, True, 2**60, "8,8"])
 def test_vram_that_is_no_size_is_told(value: object) -> None:
     for key in ("vram", "vram_margin"):
         with pytest.raises(PolicyConfigError, match=rf"{key}.*8GiB"):
