@@ -17,7 +17,7 @@ public:
         fate_desk desk  = {};
         desk.timeout_ns = timeout_ns;
         FATE_CUDA(cudaHostGetDevicePointer(reinterpret_cast<void **>(&desk.box), box_.data, 0));
-        FATE_CUDA(cudaMemcpy(desk_.data, &desk, sizeof(desk), cudaMemcpyHostToDevice));
+        fate_cuda_upload(desk_.data, &desk, sizeof(desk));
         service_ = std::make_unique<fate_service>(box(), asker);
     }
 

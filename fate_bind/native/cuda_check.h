@@ -14,3 +14,9 @@ inline void fate_cuda_check(cudaError_t error, const char * what) {
 }
 
 #define FATE_CUDA(call) fate_cuda_check(call, #call)
+
+// Host memory to the device, all of it there on return: a plain copy from pageable memory may return before, and streams that do not block do not wait for it.
+inline void fate_cuda_upload(void * to, const void * from, size_t n_bytes) {
+    FATE_CUDA(cudaMemcpy(to, from, n_bytes, cudaMemcpyHostToDevice));
+    FATE_CUDA(cudaStreamSynchronize(nullptr));
+}

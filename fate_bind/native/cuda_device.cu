@@ -306,8 +306,8 @@ void fate_cuda_device::bind(const fate_device_config & config) {
     }
     device_layers_.allocate(n);
     index_.allocate(n);
-    FATE_CUDA(cudaMemcpy(device_layers_.data, layers_.data(), n * sizeof(fate_cuda_layer), cudaMemcpyHostToDevice));
-    FATE_CUDA(cudaMemcpy(index_.data, index.data(), n * sizeof(int32_t), cudaMemcpyHostToDevice));
+    fate_cuda_upload(device_layers_.data, layers_.data(), n * sizeof(fate_cuda_layer));
+    fate_cuda_upload(index_.data, index.data(), n * sizeof(int32_t));
     for (int i = 0; i < 2; ++i) {
         home_[i].allocate(p.size);
         is_home_[i].create();

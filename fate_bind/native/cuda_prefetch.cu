@@ -67,8 +67,8 @@ void fate_cuda_prefetch::see(const std::vector<fate_device_layer> & layers) {
     weights_.allocate(std::max<size_t>(weights.size(), 1));
     numbers_.allocate(std::max<size_t>(numbers.size(), 1));
     selections_.allocate(n_layers_ * FATE_LOOKAHEAD_LAYERS * max_experts_);
-    FATE_CUDA(cudaMemcpy(weights_.data, weights.data(), weights.size(), cudaMemcpyHostToDevice));
-    FATE_CUDA(cudaMemcpy(numbers_.data, numbers.data(), numbers.size() * sizeof(float), cudaMemcpyHostToDevice));
+    fate_cuda_upload(weights_.data, weights.data(), weights.size());
+    fate_cuda_upload(numbers_.data, numbers.data(), numbers.size() * sizeof(float));
     const int8_t * weight = weights_.data;
     const float *  number = numbers_.data;
     const auto     take   = [&](const std::vector<float> & part) {
@@ -103,7 +103,7 @@ void fate_cuda_prefetch::see(const std::vector<fate_device_layer> & layers) {
             n_chunks_[i] += fate_n_chunks(view);
         }
     }
-    FATE_CUDA(cudaMemcpy(sights_.data, views_.data(), n_layers_ * sizeof(fate_cuda_sight), cudaMemcpyHostToDevice));
+    fate_cuda_upload(sights_.data, views_.data(), n_layers_ * sizeof(fate_cuda_sight));
     n_input_ = fate_input_bytes(max_embd_);
     for (const void * kernel : { reinterpret_cast<const void *>(fate_fetch), reinterpret_cast<const void *>(fate_look_on) }) {
         cudaFuncAttributes now;
@@ -117,9 +117,8 @@ void fate_cuda_prefetch::see(const std::vector<fate_device_layer> & layers) {
 void fate_cuda_prefetch::foretell(const fate_predictions & predictions, const int64_t * end) {
     foretold_.allocate(predictions.ids.size());
     foretold_chances_.allocate(predictions.chances.size());
-    FATE_CUDA(cudaMemcpy(foretold_.data, predictions.ids.data(), predictions.ids.size() * sizeof(int32_t), cudaMemcpyHostToDevice));
-    FATE_CUDA(
-        cudaMemcpy(foretold_chances_.data, predictions.chances.data(), predictions.chances.size() * sizeof(float), cudaMemcpyHostToDevice));
+    fate_cuda_upload(foretold_.data, predictions.ids.data(), predictions.ids.size() * sizeof(int32_t));
+    fate_cuda_upload(foretold_chances_.data, predictions.chances.data(), predictions.chances.size() * sizeof(float));
     for (size_t i = 0; i < n_layers_; ++i) {
         for (fate_cuda_view & view : views_[i].views) {
             const auto horizon = std::find(predictions.horizons.begin(), predictions.horizons.end(), view.distance);
@@ -135,7 +134,7 @@ void fate_cuda_prefetch::foretell(const fate_predictions & predictions, const in
             view.stride     = static_cast<int64_t>(predictions.n_layers) * predictions.m;
         }
     }
-    FATE_CUDA(cudaMemcpy(sights_.data, views_.data(), n_layers_ * sizeof(fate_cuda_sight), cudaMemcpyHostToDevice));
+    fate_cuda_upload(sights_.data, views_.data(), n_layers_ * sizeof(fate_cuda_sight));
 }
 
 void fate_cuda_prefetch::bind(fate_cuda_layer & layer, size_t at) const {

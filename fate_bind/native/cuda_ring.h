@@ -21,7 +21,7 @@ public:
         fate_ring_desk desk = {};
         FATE_CUDA(cudaHostGetDevicePointer(reinterpret_cast<void **>(&desk.box), box_.data, 0));
         FATE_CUDA(cudaHostGetDevicePointer(reinterpret_cast<void **>(const_cast<char **>(&desk.data)), data_.data, 0));
-        FATE_CUDA(cudaMemcpy(desk_.data, &desk, sizeof(desk), cudaMemcpyHostToDevice));
+        fate_cuda_upload(desk_.data, &desk, sizeof(desk));
 
         std::vector<std::vector<fate_courier_tensor>> sources;
         for (const fate_device_layer & layer : layers) {

@@ -26,7 +26,7 @@ public:
         const device_scope scope(ordinal);
         ids_.allocate(r.ids.size());
         end_.allocate(1);
-        FATE_CUDA(cudaMemcpy(ids_.data, r.ids.data(), r.ids.size() * sizeof(int32_t), cudaMemcpyHostToDevice));
+        fate_cuda_upload(ids_.data, r.ids.data(), r.ids.size() * sizeof(int32_t));
         seek(0);
         chains_ = fate_cuda_chains(ordinal, reinterpret_cast<const void *>(route));
     }
@@ -40,7 +40,7 @@ public:
     void seek(int64_t row) override {
         const device_scope scope(ordinal_);
         FATE_CUDA(cudaDeviceSynchronize());
-        FATE_CUDA(cudaMemcpy(end_.data, &row, sizeof(row), cudaMemcpyHostToDevice));
+        fate_cuda_upload(end_.data, &row, sizeof(row));
         FATE_CUDA(cudaDeviceSynchronize());
     }
 

@@ -22,6 +22,7 @@ template <typename T> static T * device(size_t n, int byte = 0) {
     T * p = nullptr;
     FATE_CUDA(cudaMalloc(&p, n * sizeof(T)));
     FATE_CUDA(cudaMemset(p, byte, n * sizeof(T)));
+    FATE_CUDA(cudaStreamSynchronize(nullptr)); // which the streams of the tests do not wait for
     return p;
 }
 

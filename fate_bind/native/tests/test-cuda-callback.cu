@@ -120,6 +120,7 @@ template <typename T> static std::vector<T> host(const device_array<T> & a, size
 template <typename T> static void make(device_array<T> & a, size_t n, int byte = 0) {
     a.allocate(n);
     FATE_CUDA(cudaMemset(a.data, byte, n * sizeof(T)));
+    FATE_CUDA(cudaStreamSynchronize(nullptr)); // which the test's stream does not wait for
 }
 
 static void run(const shape & s, bool through_ring, int n_steps, uint32_t seed) {
@@ -231,7 +232,7 @@ static void run(const shape & s, bool through_ring, int n_steps, uint32_t seed) 
         if (step % 13 == 12) {
             std::shuffle(all.begin(), all.end(), random);
         }
-        FATE_CUDA(cudaMemcpy(ids.data, rows.data(), rows.size() * sizeof(int32_t), cudaMemcpyHostToDevice));
+        fate_cuda_upload(ids.data, rows.data(), rows.size() * sizeof(int32_t));
 
         p.next                        = step % 10 == 4 ? REFUSES : step % 10 == 6 ? LIES : step % 20 == 13 ? IS_LATE : ANSWERS;
         const int              n_told = p.n_asked;

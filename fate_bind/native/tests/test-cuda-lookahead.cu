@@ -19,7 +19,7 @@ static int64_t seen[N_ORDERS][FATE_N_COUNTERS];
 
 template <typename T> static T * uploaded(const std::vector<T> & from) {
     T * p = device<T>(from.size());
-    FATE_CUDA(cudaMemcpy(p, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice));
+    fate_cuda_upload(p, from.data(), from.size() * sizeof(T));
     return p;
 }
 
@@ -158,7 +158,7 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
         }
     }
     const fate_cuda_layer * layers_there = uploaded(layers);
-    FATE_CUDA(cudaMemcpy(there, sights.data(), sights.size() * sizeof(fate_cuda_sight), cudaMemcpyHostToDevice));
+    fate_cuda_upload(there, sights.data(), sights.size() * sizeof(fate_cuda_sight));
     cudaStream_t main, side, planner;
     for (cudaStream_t * stream : { &main, &side, &planner }) {
         FATE_CUDA(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking));
@@ -191,11 +191,11 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
                 std::swap(all[random() % s.k], all[s.k + random() % s.k]);
             }
             rows[l].assign(all.begin(), all.begin() + s.k);
-            FATE_CUDA(cudaMemcpy(ids[l], rows[l].data(), s.k * sizeof(int32_t), cudaMemcpyHostToDevice));
-            FATE_CUDA(cudaMemcpy(input[l], x[l].data(), s.n_embd * sizeof(float), cudaMemcpyHostToDevice));
+            fate_cuda_upload(ids[l], rows[l].data(), s.k * sizeof(int32_t));
+            fate_cuda_upload(input[l], x[l].data(), s.n_embd * sizeof(float));
         }
         const int64_t behind = step + 1;
-        FATE_CUDA(cudaMemcpy(end, &behind, sizeof(behind), cudaMemcpyHostToDevice));
+        fate_cuda_upload(end, &behind, sizeof(behind));
         fate_settle<<<1, 32, 0, main>>>(layers_there, s.n_layers, looks);
         FATE_CUDA(cudaStreamSynchronize(main));
         const auto fetch = [&] {

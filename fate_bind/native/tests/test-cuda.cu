@@ -69,7 +69,7 @@ static void run(const shape & s, bool through_ring, int n_steps, uint32_t seed) 
     float *           weight = device<float>(max_rows * s.k);
     uint8_t *         hit    = device<uint8_t>(max_rows * s.k);
     FATE_CUDA(cudaHostAlloc(reinterpret_cast<void **>(&scores), (s.n_experts + 1) * sizeof(float), cudaHostAllocMapped));
-    FATE_CUDA(cudaMemcpy(layers, &layer, sizeof(layer), cudaMemcpyHostToDevice));
+    fate_cuda_upload(layers, &layer, sizeof(layer));
 
     std::vector<int32_t> all(s.n_experts);
     for (int32_t e = 0; e < s.n_experts; ++e) {
@@ -94,7 +94,7 @@ static void run(const shape & s, bool through_ring, int n_steps, uint32_t seed) 
         if (step % 11 == 10) {
             std::shuffle(all.begin(), all.end(), random);
         }
-        FATE_CUDA(cudaMemcpy(ids, rows.data(), rows.size() * sizeof(int32_t), cudaMemcpyHostToDevice));
+        fate_cuda_upload(ids, rows.data(), rows.size() * sizeof(int32_t));
         const fate_ids       twin_ids = { reinterpret_cast<const char *>(rows.data()), stride * 4, n_rows, s.k };
         const bool           pooled   = n_rows * s.k <= s.n_slots;
         std::vector<int32_t> twin_slots(n_rows * s.k);
