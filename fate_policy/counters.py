@@ -26,6 +26,7 @@ PER_LAYER = (
     "prefetch_wasted",
     "prefetch_cancelled",
     "prefetch_waited_ns",
+    "prefetch_hidden",
 )
 TIMING = ("prefetch_waited_ns",)
 """Of these, times: they differ from run to run and are not compared."""
@@ -48,6 +49,7 @@ class Counters:
     prefetch_wasted : of these, evicted before any use
     prefetch_cancelled : planned, and not begun when no longer told of or when their layer ran
     prefetch_waited_ns : nanoseconds that layers waited for late ones
+    prefetch_hidden : bytes of those useful, and of those late what was there already at their first use
     tokens, steps : over all layers
     """
 
@@ -68,6 +70,7 @@ class Counters:
     prefetch_wasted: NDArray[np.int64]
     prefetch_cancelled: NDArray[np.int64]
     prefetch_waited_ns: NDArray[np.int64]
+    prefetch_hidden: NDArray[np.int64]
     tokens: int = 0
     steps: int = 0
 

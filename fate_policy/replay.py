@@ -293,7 +293,9 @@ class _Replay:
             waiting = self._waiting[layer]
             n_before = np.count_nonzero(waiting)
             waiting[uses] = False
-            self.counters.prefetch_useful[layer] += n_before - np.count_nonzero(waiting)
+            n_useful = n_before - np.count_nonzero(waiting)
+            self.counters.prefetch_useful[layer] += n_useful
+            self.counters.prefetch_hidden[layer] += n_useful * int(self.geometry.expert_bytes[layer])
 
 
 def _first_seed_row(ids: NDArray[np.int32], geometry: Geometry, layer: int) -> int:

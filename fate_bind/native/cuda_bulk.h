@@ -17,7 +17,9 @@ struct fate_cuda_event {
 
     fate_cuda_event(fate_cuda_event && other) noexcept : handle(std::exchange(other.handle, nullptr)) {}
 
-    void create() { FATE_CUDA(cudaEventCreateWithFlags(&handle, cudaEventDisableTiming)); }
+    void create(bool is_timed = false) {
+        FATE_CUDA(cudaEventCreateWithFlags(&handle, is_timed ? cudaEventDefault : cudaEventDisableTiming));
+    }
 
     ~fate_cuda_event() {
         if (handle) {

@@ -96,6 +96,7 @@ private:
     void           note_prefetches();
     void           fail(ggml_tensor * dst);
     const void *   on_device(const void * p) const;
+    int64_t        expert_bytes_of(size_t layer) const;
 
     // Of a layer, for the record.
     size_t n_foretold() const { return config_.horizons.empty() ? 0 : FATE_LOOKAHEAD_LAYERS * FATE_LOOKAHEAD_MOST; }
@@ -130,14 +131,13 @@ private:
     std::unique_ptr<fate_cuda_bulk>     bulk_;
     std::unique_ptr<fate_cuda_prefetch> prefetch_; // null: none
 
-    cudaStream_t stream_       = nullptr;          // of the backend, known from the first launch on
-    int32_t      n_tokens_     = 0;
-    int32_t      tokens_in_[2] = { 0, 0 };
-    int          last_         = -1; // the buffer of the last step, -1: none since the reset
-    int64_t      n_launches_   = 0;
-    int64_t      n_brought_    = 0;  // prefetches so far, as far as known, and how many of them were used
-    int64_t      n_used_       = 0;
-    int64_t      n_captures_   = 0;
+    cudaStream_t   stream_       = nullptr;        // of the backend, known from the first launch on
+    int32_t        n_tokens_     = 0;
+    int32_t        tokens_in_[2] = { 0, 0 };
+    int            last_         = -1; // the buffer of the last step, -1: none since the reset
+    int64_t        n_launches_   = 0;
+    fate_cuda_uses uses_;
+    int64_t        n_captures_ = 0;
 
     std::unique_ptr<fate_cuda_callback> callback_; // null: table mode
     std::unique_ptr<fate_cuda_ring>     ring_;     // null: kernels read experts from the page-locked source
@@ -336,9 +336,8 @@ void fate_cuda_device::reset() {
     if (!stream_) {
         FATE_CUDA(cudaDeviceSynchronize());
     }
-    last_      = -1;
-    n_brought_ = 0;
-    n_used_    = 0;
+    last_ = -1;
+    uses_ = {};
     if (callback_) {
         callback_->reset();
     }
@@ -362,7 +361,7 @@ std::string fate_cuda_device::begin(int32_t n_tokens, bool first_is_bulk, bool l
         }
         if (prefetch_) {
             note_prefetches();
-            prefetch_->begin(device_layers_.data, looks, n_brought_, n_used_, stream_);
+            prefetch_->begin(device_layers_.data, looks, uses_, stream_);
         }
         if (n_foretold() > 0 && config_.wants_steps) { // behind what told of the step before
             const parts p = parts_of(0);
@@ -386,12 +385,13 @@ void fate_cuda_device::note_prefetches() {
         return;
     }
     const int64_t * counters = reinterpret_cast<const int64_t *>(home_[last_].data);
-    n_brought_               = 0;
-    n_used_                  = 0;
+    uses_                    = {};
     for (size_t i = 0; i < layers_.size(); ++i) {
         const int64_t * c = counters + i * FATE_N_COUNTERS;
-        n_brought_ += c[FATE_COUNTER_PREFETCHES];
-        n_used_ += c[FATE_COUNTER_PREFETCH_USEFUL] + c[FATE_COUNTER_PREFETCH_LATE];
+        uses_.n_brought += c[FATE_COUNTER_PREFETCHES];
+        uses_.n_hidden += static_cast<double>(c[FATE_COUNTER_PREFETCH_USEFUL]) +
+                          static_cast<double>(c[FATE_COUNTER_PREFETCH_HIDDEN]) / static_cast<double>(expert_bytes_of(i));
+        uses_.n_came += c[FATE_COUNTER_FILLS] - c[FATE_COUNTER_SEED_FILLS];
     }
 }
 
@@ -610,6 +610,14 @@ std::string fate_cuda_device::prefetch(const float * chance, int32_t stride) {
     }
 }
 
+int64_t fate_cuda_device::expert_bytes_of(size_t layer) const {
+    int64_t bytes = 0;
+    for (const fate_device_tensor & t : config_.layers[layer].tensors) {
+        bytes += static_cast<int64_t>(t.expert_bytes);
+    }
+    return bytes;
+}
+
 void fate_cuda_device::get_counters(std::vector<int64_t> & counters) const {
     counters.assign(layers_.size() * FATE_N_COUNTERS, 0);
     if (last_ < 0) {
@@ -618,13 +626,11 @@ void fate_cuda_device::get_counters(std::vector<int64_t> & counters) const {
     FATE_CUDA(cudaEventSynchronize(is_home_[last_].handle));
     memcpy(counters.data(), home_[last_].data, counters.size() * sizeof(int64_t));
     for (size_t i = 0; i < layers_.size(); ++i) {
-        int64_t * c            = counters.data() + i * FATE_N_COUNTERS;
-        int64_t   expert_bytes = 0;
-        for (const fate_device_tensor & t : config_.layers[i].tensors) {
-            expert_bytes += static_cast<int64_t>(t.expert_bytes);
-        }
-        c[FATE_COUNTER_ROUTED] = c[FATE_COUNTER_HITS] + c[FATE_COUNTER_MISSES] + c[FATE_COUNTER_STAGED];
-        c[FATE_COUNTER_BYTES]  = c[FATE_COUNTER_FILLS] * expert_bytes;
+        int64_t *     c            = counters.data() + i * FATE_N_COUNTERS;
+        const int64_t expert_bytes = expert_bytes_of(i);
+        c[FATE_COUNTER_ROUTED]     = c[FATE_COUNTER_HITS] + c[FATE_COUNTER_MISSES] + c[FATE_COUNTER_STAGED];
+        c[FATE_COUNTER_BYTES]      = c[FATE_COUNTER_FILLS] * expert_bytes;
+        c[FATE_COUNTER_PREFETCH_HIDDEN] += c[FATE_COUNTER_PREFETCH_USEFUL] * expert_bytes;
     }
 }
 

@@ -3,6 +3,7 @@
 #include "cuda_prefetch.cuh"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 
 fate_cuda_prefetch::fate_cuda_prefetch(int ordinal, const fate_device_config & config, size_t max_experts) :
@@ -21,6 +22,7 @@ fate_cuda_prefetch::fate_cuda_prefetch(int ordinal, const fate_device_config & c
         ended_[i].create();
     }
     settled_.create();
+    worth_ = fate_worth(ns_per_expert(config));
     see(config.layers);
     int n_processors = 0;
     FATE_CUDA(cudaDeviceGetAttribute(&n_processors, cudaDevAttrMultiProcessorCount, ordinal));
@@ -39,6 +41,42 @@ fate_cuda_prefetch::fate_cuda_prefetch(int ordinal, const fate_device_config & c
 fate_cuda_prefetch::~fate_cuda_prefetch() {
     cudaStreamDestroy(planner_);
     cudaStreamDestroy(side_);
+}
+
+// How long the copy of an expert takes, of those of all layers on average: by the engine that copies, alone on the link, which is measured.
+double fate_cuda_prefetch::ns_per_expert(const fate_device_config & config) {
+    size_t total = 0;
+    size_t most  = 0;
+    for (const fate_device_layer & layer : config.layers) {
+        for (const fate_device_tensor & t : layer.tensors) {
+            total += t.expert_bytes;
+            most = std::max(most, t.expert_bytes);
+        }
+    }
+    const fate_device_tensor * largest = nullptr;
+    for (const fate_device_layer & layer : config.layers) {
+        for (const fate_device_tensor & t : layer.tensors) {
+            largest = t.expert_bytes == most ? &t : largest;
+        }
+    }
+    device_array<char> to;
+    fate_cuda_event    began, ended;
+    to.allocate(most);
+    began.create(true);
+    ended.create(true);
+    float best = 0;
+    for (int i = 0; i < 4; ++i) { // the first is slow
+        FATE_CUDA(cudaEventRecord(began.handle, cudaStreamPerThread));
+        FATE_CUDA(cudaMemcpyAsync(to.data, largest->source, most, cudaMemcpyHostToDevice, cudaStreamPerThread));
+        FATE_CUDA(cudaEventRecord(ended.handle, cudaStreamPerThread));
+        FATE_CUDA(cudaEventSynchronize(ended.handle));
+        float ms = 0;
+        FATE_CUDA(cudaEventElapsedTime(&ms, began.handle, ended.handle));
+        best = i < 2 ? ms : std::min(best, ms);
+    }
+    const double expert_bytes = static_cast<double>(total) / static_cast<double>(n_layers_);
+    const double ns           = 1e6 * best * expert_bytes / static_cast<double>(most);
+    return config.throttle > 0 ? std::max(ns, 1e9 * expert_bytes / config.throttle) : ns;
 }
 
 // What layers see of others: where it lies on the device.
@@ -160,12 +198,13 @@ void fate_cuda_prefetch::reset(cudaStream_t stream) {
     FATE_CUDA(cudaMemsetAsync(words_.data, 0, 2 * sizeof(uint32_t), stream));
 }
 
-void fate_cuda_prefetch::begin(const fate_cuda_layer * layers, bool looks, int64_t n_brought, int64_t n_used, cudaStream_t stream) {
+void fate_cuda_prefetch::begin(const fate_cuda_layer * layers, bool looks, const fate_cuda_uses & uses, cudaStream_t stream) {
     join(stream);
-    is_busy_    = false;
-    is_watched_ = false;
-    rests_      = !waits_ && !worth_.begin(n_brought, n_used);
-    looks_      = looks && n_views_ > 0 && !rests_;
+    is_busy_          = false;
+    is_watched_       = false;
+    const int64_t now = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+    rests_            = !waits_ && !worth_.begin(uses.n_brought, uses.n_hidden, uses.n_came, now);
+    looks_            = looks && n_views_ > 0 && !rests_;
     fate_settle<<<static_cast<unsigned>((n_layers_ + 31) / 32), 32, 0, stream>>>(layers, static_cast<int32_t>(n_layers_), looks_);
     FATE_CUDA(cudaGetLastError());
     FATE_CUDA(cudaEventRecord(settled_.handle, stream));

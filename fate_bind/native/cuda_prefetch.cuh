@@ -22,6 +22,7 @@ struct fate_cuda_ahead {
     bool          is_needed[FATE_PREFETCH_MAX]; // by the op, and kept
     bool          is_open[FATE_PREFETCH_MAX];   // not complete, and the op waits for it
     bool          is_late[FATE_PREFETCH_MAX];   // needed, and not complete
+    uint32_t      n_done[FATE_PREFETCH_MAX];    // pieces that were there when the op came
     uint32_t      piece;
 };
 
@@ -82,6 +83,18 @@ static __device__ void fate_copy_piece(const fate_cuda_layer & layer, const fate
             to[unit] = from[unit];
         }
     }
+}
+
+// Bytes of so many pieces of an expert, of its first ones.
+static __device__ int64_t fate_bytes_of(const fate_cuda_layer & layer, uint32_t n_pieces) {
+    int64_t bytes = 0;
+    for (int t = 0; t < layer.n_tensors && n_pieces > 0; ++t) {
+        const fate_cuda_tensor & tensor = layer.tensors[t];
+        const uint32_t           n      = min(n_pieces, fate_n_pieces(tensor));
+        bytes += min(static_cast<int64_t>(n) * FATE_PIECE_UNITS * tensor.width, static_cast<int64_t>(tensor.expert_bytes));
+        n_pieces -= n;
+    }
+    return bytes;
 }
 
 // Copies what nobody has claimed of an entry. YIELDS: demand misses go first, and it leaves when something else is to be done. All threads of the block call
@@ -333,11 +346,13 @@ static __device__ void fate_take(const fate_cuda_layer & layer, fate_cuda_ahead 
     fate_prefetch    entry   = { 0, -1, -1 };
     bool             is_kept = false;
     bool             is_open = false;
+    uint32_t         n_done  = 0;
     if (at < ahead.n) {
         entry                  = fate_entry(plan, at);
         const uint32_t claimed = layer.is_awaited ? 1 : atomicCAS(&plan.claimed[at], 0, FATE_CANCELLED);
         is_kept                = claimed != 0 && claimed < FATE_CANCELLED;
-        is_open                = is_kept && fate_look(plan.done[at]) < layer.n_pieces;
+        n_done                 = fate_look(plan.done[at]);
+        is_open                = is_kept && n_done < layer.n_pieces;
     }
     // an expert that went may have come again by a later entry
     if (is_kept && entry.victim >= 0) {
@@ -355,6 +370,7 @@ static __device__ void fate_take(const fate_cuda_layer & layer, fate_cuda_ahead 
         ahead.is_needed[at]  = is_needed;
         ahead.is_open[at]    = is_open && (is_needed || layer.is_awaited);
         ahead.is_late[at]    = is_open && is_needed && !layer.is_awaited;
+        ahead.n_done[at]     = n_done;
     }
     __threadfence(); // of what is complete the bytes are there
 }
@@ -469,6 +485,9 @@ static __device__ int2 fate_enter(const fate_cuda_layer & layer, const fate_cuda
             atomicAdd(&plan.n_waiting, 1);
         } else {
             fate_add(&layer.counters[ahead.is_late[at] ? FATE_COUNTER_PREFETCH_LATE : FATE_COUNTER_PREFETCH_USEFUL], 1);
+            if (ahead.is_late[at]) { // of those useful the host reckons it
+                fate_add(&layer.counters[FATE_COUNTER_PREFETCH_HIDDEN], fate_bytes_of(layer, ahead.n_done[at]));
+            }
         }
     }
     if (at == 0) {

@@ -11,6 +11,13 @@
 struct fate_cuda_plan;
 struct fate_cuda_sight;
 
+// Experts so far, as far as known.
+struct fate_cuda_uses {
+    int64_t n_brought = 0; // by prefetch
+    double  n_hidden  = 0; // of these, what was there at their first use
+    int64_t n_came    = 0; // in all
+};
+
 class fate_cuda_prefetch {
 public:
     fate_cuda_prefetch(int ordinal, const fate_device_config & config, size_t max_experts);
@@ -23,9 +30,8 @@ public:
     void foretell(const fate_predictions & predictions, const int64_t * end);
 
     void reset(cudaStream_t stream);
-    // A step is about to be enqueued, outside of a capture: what the one before left is settled. looks: layers tell of later ones in it. n_brought, n_used: experts
-    // so far, as far as known.
-    void begin(const fate_cuda_layer * layers, bool looks, int64_t n_brought, int64_t n_used, cudaStream_t stream);
+    // A step is about to be enqueued, outside of a capture: what the one before left is settled. looks: layers tell of later ones in it.
+    void begin(const fate_cuda_layer * layers, bool looks, const fate_cuda_uses & uses, cudaStream_t stream);
     // Behind the op of a layer that sees others, where steps wait. May be captured.
     void look_on(const fate_cuda_layer * layers, size_t from, cudaStream_t stream);
     // The step was enqueued: layers are looked after beside it, where it looks and does not wait.
@@ -37,8 +43,9 @@ public:
                 cudaStream_t stream);
 
 private:
-    void see(const std::vector<fate_device_layer> & layers);
-    void fetch(const fate_cuda_layer * layers, bool stays, cudaStream_t stream);
+    double ns_per_expert(const fate_device_config & config);
+    void   see(const std::vector<fate_device_layer> & layers);
+    void   fetch(const fate_cuda_layer * layers, bool stays, cudaStream_t stream);
 
     std::vector<int32_t> index_; // of each layer, among all
     const size_t         n_layers_;

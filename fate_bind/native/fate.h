@@ -24,7 +24,7 @@ extern "C" {
 
 // cdef begin
 
-#define FATE_ABI_VERSION 3
+#define FATE_ABI_VERSION 4
 
 enum {
     FATE_STATUS_OK       = 0,
@@ -71,7 +71,7 @@ enum {
     FATE_COUNTER_ROWS              = 9,  // tokens that went through the pool
     FATE_COUNTER_ROWS_ALL_RESIDENT = 10, // of these, tokens without a miss
 
-    // prefetch; all but the last two count experts
+    // prefetch; all but the last two, nanoseconds and bytes, count experts
     FATE_COUNTER_PREFETCHES      = 11, // begun; fills too
     FATE_COUNTER_PREFETCH_USEFUL = 12, // of these, complete at their first use: hits
     FATE_COUNTER_PREFETCH_LATE   = 13, // of these, still on their way at their first use: misses
@@ -79,7 +79,8 @@ enum {
     FATE_COUNTER_PREFETCH_CANCELLED =
         15, // planned, and not begun when a nearer layer no longer told of them or their layer ran; may be planned again
     FATE_COUNTER_PREFETCH_WAITED_NS = 16, // that layers waited for those that were late
-    FATE_N_COUNTERS                 = 17,
+    FATE_COUNTER_PREFETCH_HIDDEN    = 17, // bytes of those useful, and of those late what was there already at their first use
+    FATE_N_COUNTERS                 = 18,
 };
 
 // When things of a layer happened in the newest step, in nanoseconds of the GPU's clock, 0: not at all.

@@ -168,6 +168,7 @@ void fate_layer::resolve(const fate_ids & ids, bool callback, fate_layer_io & io
             }
             ++counters_[hit ? FATE_COUNTER_HITS : FATE_COUNTER_MISSES];
             counters_[FATE_COUNTER_PREFETCH_USEFUL] += is_waiting_[expert];
+            counters_[FATE_COUNTER_PREFETCH_HIDDEN] += is_waiting_[expert] * expert_bytes_;
             is_waiting_[expert]       = 0;
             hits[row * ids.k + rank]  = hit;
             slots[row * ids.k + rank] = slot_of_[expert];

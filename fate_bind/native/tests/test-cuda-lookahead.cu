@@ -301,7 +301,8 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
             CHECK(slot_of == std::vector<int32_t>(table.slot_of, table.slot_of + s.n_experts));
             CHECK(host(out[l], s.k, main) == twin_slots && host(hit[l], s.k, main) == twin_hits);
             for (int i = 0; i < FATE_N_COUNTERS; ++i) {
-                CHECK(c[i] == twin[l]->counters()[i] || i == FATE_COUNTER_BYTES || i == FATE_COUNTER_ROUTED);
+                CHECK(c[i] == twin[l]->counters()[i] || i == FATE_COUNTER_BYTES || i == FATE_COUNTER_ROUTED ||
+                      i == FATE_COUNTER_PREFETCH_HIDDEN);
             }
         }
     }

@@ -42,6 +42,7 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
     layer.is_awaited      = how == WAITED_FOR;
 
     std::vector<char *> sources, slots;
+    int64_t             expert_bytes = 0;
     for (size_t t = 0; t < s.expert_bytes.size(); ++t) {
         const size_t n      = s.expert_bytes[t];
         char *       source = mapped<char>(n * s.n_experts + s.skew) + s.skew;
@@ -58,6 +59,7 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
         to.n_units            = static_cast<uint32_t>(n / to.width);
         layer.is_wide         = layer.is_wide && to.width == 16;
         layer.n_pieces += fate_n_pieces(to);
+        expert_bytes += static_cast<int64_t>(n);
     }
 
     fate_layer        twin(s.n_experts, s.k, s.n_slots, 1);
@@ -69,7 +71,7 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
     uint8_t *         hit     = device<uint8_t>(s.k);
     float *           chances = mapped<float>(N_PLANS * s.n_experts);
     float *           scores  = mapped<float>(s.n_experts + 1);
-    FATE_CUDA(cudaMemcpy(layers, &layer, sizeof(layer), cudaMemcpyHostToDevice));
+    fate_cuda_upload(layers, &layer, sizeof(layer));
     cudaStream_t main, side;
     FATE_CUDA(cudaStreamCreateWithFlags(&main, cudaStreamNonBlocking));
     FATE_CUDA(cudaStreamCreateWithFlags(&side, cudaStreamNonBlocking));
@@ -103,7 +105,7 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
                 std::fill(chance, chance + s.n_experts, step % 2 ? 1.0f : 0.0f);
             }
         }
-        FATE_CUDA(cudaMemcpy(ids, row.data(), row.size() * sizeof(int32_t), cudaMemcpyHostToDevice));
+        fate_cuda_upload(ids, row.data(), row.size() * sizeof(int32_t));
         const fate_ids       twin_ids = { reinterpret_cast<const char *>(row.data()), s.k * 4, 1, s.k };
         std::vector<int32_t> twin_slots(s.k);
         std::vector<uint8_t> twin_hits(s.k);
@@ -203,6 +205,7 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
         CHECK(host(layer.plan, 1, main)[0].n_waiting == n_waiting && host(layer.n_demands, 1, main)[0] == 0);
         CHECK(host(layer.head, 1, main)[0].arrived == 0);
         CHECK(c[FATE_COUNTER_HITS] + c[FATE_COUNTER_MISSES] == n_ran * s.k);
+        CHECK(c[FATE_COUNTER_PREFETCH_HIDDEN] >= 0 && c[FATE_COUNTER_PREFETCH_HIDDEN] <= c[FATE_COUNTER_PREFETCH_LATE] * expert_bytes);
         CHECK(c[FATE_COUNTER_FILLS] == c[FATE_COUNTER_MISSES] - c[FATE_COUNTER_PREFETCH_LATE] + c[FATE_COUNTER_PREFETCHES]);
         CHECK(c[FATE_COUNTER_PREFETCHES] ==
               c[FATE_COUNTER_PREFETCH_USEFUL] + c[FATE_COUNTER_PREFETCH_LATE] + c[FATE_COUNTER_PREFETCH_WASTED] + n_waiting);
@@ -215,7 +218,8 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
             CHECK(host(layer.evictions, recorded.n_evictions, main) == io.evictions);
             CHECK(got == twin_slots && host(hit, s.k, main) == twin_hits && host(rec, s.k, main) == row);
             for (int i = 0; i < FATE_N_COUNTERS; ++i) {
-                CHECK(c[i] == twin.counters()[i] || i == FATE_COUNTER_BYTES || i == FATE_COUNTER_ROUTED);
+                CHECK(c[i] == twin.counters()[i] || i == FATE_COUNTER_BYTES || i == FATE_COUNTER_ROUTED ||
+                      i == FATE_COUNTER_PREFETCH_HIDDEN);
             }
         }
         if (step % 4 == 3) {
@@ -268,6 +272,6 @@ int main() {
     CHECK(seen[SKIPPED][FATE_COUNTER_PREFETCH_USEFUL] > 0);
     CHECK(seen[BEHIND][FATE_COUNTER_PREFETCHES] == 0);
     CHECK(seen[BESIDE][FATE_COUNTER_PREFETCH_USEFUL] > 0 && seen[BESIDE][FATE_COUNTER_PREFETCH_LATE] > 0);
-    CHECK(seen[BESIDE][FATE_COUNTER_PREFETCH_CANCELLED] > 0);
+    CHECK(seen[BESIDE][FATE_COUNTER_PREFETCH_CANCELLED] > 0 && seen[BESIDE][FATE_COUNTER_PREFETCH_HIDDEN] > 0);
     return check_result("test-cuda-prefetch");
 }

@@ -1,48 +1,68 @@
-// When prefetch rests: never where what it brings is used, nearly always where it is not, and not for good.
+// When prefetch rests: never where what it brings is used, nearly always where it is not, and not for good; and where next to nothing is copied.
 #include "check.h"
 #include "worth.h"
 
-// How many of n steps prefetch ran in, when a share of the 8 experts that it brings is used.
-static int run(fate_worth & worth, int n, double share, int64_t & brought, double & used) {
-    int n_ran = 0;
-    for (int i = 0; i < n; ++i) {
-        if (worth.begin(brought, static_cast<int64_t>(used))) {
-            ++n_ran;
-            brought += 8;
-            used += 8 * share;
+static const double  NS_PER_EXPERT = 1000000;
+static const int64_t NS_PER_STEP   = 10000000;
+
+// Drives it with steps in which so many experts come, of which prefetch, where it runs, brings half.
+struct driven {
+    fate_worth worth{ NS_PER_EXPERT };
+    double     came = 0, brought = 0, hidden = 0;
+    int64_t    now = 1;
+
+    // How many of n steps prefetch ran in, when a share of what it brings is there when it is used. pause: before every third step.
+    int run(int n, double share, double n_came = 16, int64_t pause = 0) {
+        int n_ran = 0;
+        for (int i = 0; i < n; ++i) {
+            now += NS_PER_STEP + (i % 3 == 0 ? pause : 0);
+            came += n_came;
+            if (worth.begin(static_cast<int64_t>(brought), hidden, static_cast<int64_t>(came), now)) {
+                ++n_ran;
+                brought += n_came / 2;
+                hidden += n_came / 2 * share;
+            }
         }
+        return n_ran;
     }
-    return n_ran;
-}
+};
 
 int main() {
     {
-        fate_worth worth;
-        int64_t    brought = 0;
-        double     used    = 0;
-        CHECK(run(worth, 1000, 0.3, brought, used) == 1000);
+        driven d;
+        CHECK(d.run(1000, 0.3) == 1000);
     }
     {
-        fate_worth worth;
-        int64_t    brought = 0;
-        double     used    = 0;
-        CHECK(run(worth, 64, 0.0, brought, used) == FATE_WORTH_STEPS - 1);
-        const int later = run(worth, 4000, 0.0, brought, used);
+        driven d;
+        CHECK(d.run(64, 0.0) == FATE_WORTH_STEPS - 1);
+        const int later = d.run(4000, 0.0);
         CHECK(later > 0 && later < 120);
         // it comes back when what is predicted turns right, after a rest at most
-        run(worth, FATE_WORTH_MAX_REST + FATE_WORTH_STEPS, 1.0, brought, used);
-        CHECK(run(worth, 500, 1.0, brought, used) == 500);
+        d.run(FATE_WORTH_MAX_REST + FATE_WORTH_STEPS, 1.0);
+        CHECK(d.run(500, 1.0) == 500);
         // and begins anew with short rests
-        CHECK(run(worth, 200, 0.0, brought, used) > 2 * FATE_WORTH_STEPS);
+        CHECK(d.run(200, 0.0) > 2 * FATE_WORTH_STEPS);
     }
     {
-        fate_worth worth; // what brings nothing costs nothing
-        CHECK(worth.begin(0, 0));
-        for (int i = 0; i < 200; ++i) {
-            CHECK(worth.begin(i / 20, 0));
+        driven d; // copies take a hundredth of the steps
+        CHECK(d.run(FATE_WORTH_STEPS, 1.0, 0.1) == FATE_WORTH_STEPS);
+        CHECK(d.run(1000, 1.0, 0.1) == 0);
+        // once they take more it runs again, at once
+        CHECK(d.run(3 * FATE_WORTH_STEPS, 1.0, 2) >= FATE_WORTH_STEPS);
+        CHECK(d.run(100, 1.0, 2) == 100);
+        // it is the steps that count and not what is between them
+        CHECK(d.run(300, 1.0, 2, 1000 * NS_PER_STEP) == 300);
+        d.worth.reset();
+        CHECK(d.run(FATE_WORTH_STEPS, 1.0, 0.1) == FATE_WORTH_STEPS);
+    }
+    {
+        fate_worth worth;               // where it is not known how long a copy takes, it is not judged by that
+        CHECK(worth.begin(0, 0, 0, 1));
+        for (int i = 0; i < 200; ++i) { // what brings nothing costs nothing
+            CHECK(worth.begin(i / 20, 0, i / 20, (i + 2) * NS_PER_STEP));
         }
         worth.reset();
-        CHECK(worth.begin(0, 0));
+        CHECK(worth.begin(0, 0, 0, 1));
     }
     return check_result("test-worth");
 }
