@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fate_policy.linear import LinearModel
 from fate_policy.rule import pick_victims
 
 NOT_RUN, POOL, STAGED, BYPASS = 0, 1, 2, 3
@@ -155,6 +156,14 @@ class Policy:
         Returns experts and their chances from 0 to 1, both (n_layers, max_experts), each of 0 to
         max_experts - 1 once a layer, also where a layer has fewer; None = nothing is predicted here. Asked
         with `prefetch: token` before (`sync: true`) or beside a step of one token, after `expect` told it.
+        """
+        return None
+
+    def linear(self) -> LinearModel | None:
+        """Question: a linear model of routing by which the engine itself may decide; None = there is none.
+
+        Asked after `start`. The engine then needs no Python between steps: chances are those of `predict`,
+        scores those of `scores` and `bonus`, up to rounding, as if told the same.
         """
         return None
 

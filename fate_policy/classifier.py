@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from fate_policy import checks, model
 from fate_policy.base import Geometry, History, Policy, Step
 from fate_policy.errors import PolicyConfigError
+from fate_policy.linear import LinearModel
 from fate_policy.model import Model, Scorer
 
 MOST_ROWS = 64
@@ -123,6 +124,15 @@ class Classifier(Policy):
         experts = ranked(odds)
         flat = experts + np.arange(0, odds.size, odds.shape[1], dtype=np.int32)[:, None]
         return experts, model.chance(odds.ravel()[flat])
+
+    def linear(self) -> LinearModel | None:
+        if type(self) is not Classifier:  # what derives from it may decide otherwise
+            return None
+        assert self._loaded is not None
+        now, keep = self._scorers["now"], None if self.evict_by == "lru" else self._scorers["keep"]
+        if self._loaded.weights or not now.is_linear or not (keep is None or keep.is_linear):
+            return None
+        return self._loaded.linear(self._state, now, keep)
 
     def _kind(self, history: History) -> str:
         return "late" if self._is_over or history.acts_late else "keep"

@@ -90,6 +90,21 @@ class Shape:
         return np.where(exists, (self.k / self.n_experts)[:, None], 0).astype(np.float32)
 
 
+@dataclass(frozen=True, eq=False)
+class Constants:
+    """The numbers by which `Features` weighs the tokens before, float32.
+
+    rate_keep, context_keep : what a token leaves of each rate, of each decayed context
+    soon, later, credit : what each of the tokens after a repeat, after a token counts
+    """
+
+    rate_keep: NDArray[np.float32]
+    context_keep: NDArray[np.float32]
+    soon: NDArray[np.float32]
+    later: NDArray[np.float32]
+    credit: NDArray[np.float32]
+
+
 class Table:
     """Sums of rows of numbers for each key, at and after its occurrences; the least recent key makes room.
 
@@ -283,6 +298,21 @@ class Features:
     def n_context(self) -> int:
         """Length of the context vector."""
         return N_CONTEXTS * len(self._last)
+
+    @property
+    def n_history(self) -> int:
+        """Tokens in which repeated contexts are looked for."""
+        return self._n_history
+
+    @property
+    def constants(self) -> Constants:
+        return Constants(
+            self._keep.ravel().astype(np.float32),
+            self._context_keep.ravel().astype(np.float32),
+            self._soon,
+            self._later,
+            self._credit,
+        )
 
     def expect(self, token: int, sequence: int, position: int = UNKNOWN) -> None:
         """Take in which token runs next and where in its sequence; `UNKNOWN` if that is not known."""

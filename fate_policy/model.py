@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from fate_policy import features
 from fate_policy.errors import PolicyConfigError
 from fate_policy.features import TABLE_MB, Features, Shape
+from fate_policy.linear import LinearHead, LinearModel, LinearTable
 
 FORMAT, VERSION = "fate-classifier", 1
 TARGETS = ("context_now", "context_soon", "context_after")
@@ -110,6 +111,28 @@ class Model:
         for table, saved in zip((state.tokens, state.pairs), self.tables, strict=False):
             table.restore(*saved)
         return state
+
+    def linear(self, state: Features, now: Scorer, keep: Scorer | None) -> LinearModel:
+        """Return it with two linear heads, as it was when training ended, with the room that `state` has."""
+        n_tables = ((state.tokens, 1), (state.pairs, 2))
+        tables = []
+        for i, (table, n_names) in enumerate(n_tables):
+            keys, n, sums = self.tables[i] if self.tables else ([], table.n[:0], table.sums[:0])
+            named = np.array(keys, np.int64).reshape((-1, n_names) if n_names > 1 else -1)
+            tables.append(LinearTable(len(table.sums), named, n, sums))
+        return LinearModel(
+            shape=self.shape,
+            basis=self.basis,
+            center=self.center,
+            squeeze=self.squeeze,
+            constants=state.constants,
+            n_history=state.n_history,
+            learn=state.learning,
+            tokens=tables[0],
+            pairs=tables[1],
+            now=now.linear(),
+            keep=None if keep is None else keep.linear(),
+        )
 
     def squeezed(self, context: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return `context @ squeeze` (rank,) of one context (n_context,)."""
@@ -262,6 +285,17 @@ class Scorer:
     @property
     def is_linear(self) -> bool:
         return self._head.estimators is None
+
+    def linear(self) -> LinearHead:
+        """Return what it multiplies and adds, of a linear head."""
+        shape = self._constant.shape
+        fold = self._fold.transpose(1, 0, 2).reshape(self._fold.shape[1], -1)[:, : self._constant.size]
+        return LinearHead(
+            weights=np.ascontiguousarray(self._weights[:, 0]),
+            fold=np.ascontiguousarray(fold).reshape(-1, *shape),
+            constant=self._constant,
+            bonus=self._head.bonus,
+        )
 
     def many(self, rows: NDArray[np.float32], squeezed: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return log-odds (n, n_layers, n_experts) of `n` tokens; estimators are slow one by one."""

@@ -324,3 +324,52 @@ def test_it_may_only_predict(fitted: Model) -> None:
     totals = replay(routed, policy, n_slots=8, prefetch=Prefetch(0.3, 4)).totals()
     assert totals["prefetch_useful"] > 0
     assert totals["hits"] > replay(routed, "lru", n_slots=8).totals()["hits"]
+
+
+def started(fitted: Model, policy: type[Classifier] = Classifier, **params: object) -> Classifier:
+    made = policy.of(fitted, **params)
+    made.start(geometry([8, 16, 16], [2, 4, 4], [2, 4, 4]))
+    return made
+
+
+def test_its_linear_model_is_the_scorers_and_the_tables_as_they_begin(fitted_synthetic: Model) -> None:
+    policy = started(fitted_synthetic, table_mb=1)
+    policy.observe(make_step(random_ids(80, SYNTHETIC, 3)))  # what is learned since is not in it
+    linear = policy.linear()
+    assert linear is not None
+    assert linear.has_scores
+    assert linear.keep is not None
+    rng = np.random.default_rng(0)
+    row = rng.standard_normal((3, len(features.NAMES), 16), np.float32)
+    squeezed = rng.standard_normal(linear.squeeze.shape[1], np.float32)
+    for kind, head in (("now", linear.now), ("keep", linear.keep)):
+        odds = (
+            np.einsum("lf,lfe->le", head.weights, row) + np.tensordot(squeezed, head.fold, 1) + head.constant
+        )
+        assert odds == pytest.approx(policy._scorers[kind](row, squeezed), abs=1e-4)
+        assert head.bonus.tolist() == policy._heads[kind].bonus.tolist()
+    fresh = fitted_synthetic.features(table_mb=1)
+    for table, own in ((linear.tokens, fresh.tokens), (linear.pairs, fresh.pairs)):
+        assert (table.capacity, len(table.keys)) == (len(own.sums), len(own))
+        keys, n, sums = own.state(0)
+        assert [tuple(np.atleast_1d(key)) for key in table.keys] == [
+            tuple(np.atleast_1d(key)) for key in keys
+        ]
+        assert np.array_equal(table.n, n)
+        assert np.array_equal(table.sums, sums)
+    assert linear.learn
+    assert not started(fitted_synthetic, learn=False).linear().learn  # type: ignore[union-attr]
+
+
+def test_where_only_python_can_decide_there_is_no_linear_model(fitted_synthetic: Model) -> None:
+    assert Policy().linear() is None
+    assert started(fitted_synthetic, Untold).linear() is None
+    assert started(cost.untrained([8, 16, 16], [2, 4, 4], weights=True)).linear() is None
+    predictor = started(fitted_synthetic, evict_by="lru").linear()
+    assert predictor is not None
+    assert not predictor.has_scores
+    for kind, is_served in (("now", False), ("keep", False), ("late", True)):
+        heads = [
+            replace(head, estimators=[]) if head.kind == kind else head for head in fitted_synthetic.heads
+        ]
+        assert (started(replace(fitted_synthetic, heads=heads)).linear() is not None) == is_served
