@@ -593,3 +593,38 @@ int32_t fate_program_run(const char * name, int32_t argc, char ** argv, int32_t 
     fate_context_close(c);
     return FATE_STATUS_OK;
 }
+
+int32_t fate_linear_open(const fate_linear_model * model, fate_linear ** linear) {
+    (void) model;
+    (void) linear;
+    return fail(FATE_STATUS_INVALID, "linear models: expected the real library");
+}
+
+void fate_linear_close(fate_linear * linear) {
+    (void) linear;
+}
+
+int32_t fate_linear_reset(fate_linear * linear) {
+    (void) linear;
+    return FATE_STATUS_INVALID;
+}
+
+int32_t fate_linear_observe(fate_linear * linear, const int32_t * ids, int32_t token, int32_t sequence) {
+    (void) linear, (void) ids, (void) token, (void) sequence;
+    return FATE_STATUS_INVALID;
+}
+
+int32_t fate_linear_step(fate_linear * linear, const fate_step * step) {
+    (void) linear, (void) step;
+    return FATE_STATUS_INVALID;
+}
+
+int32_t fate_linear_expect(fate_linear * linear, int32_t token, int32_t sequence, int32_t position) {
+    (void) linear, (void) token, (void) sequence, (void) position;
+    return FATE_STATUS_INVALID;
+}
+
+int32_t fate_linear_get(fate_linear * linear, float * chances, float * scores, float * bonus) {
+    (void) linear, (void) chances, (void) scores, (void) bonus;
+    return FATE_STATUS_INVALID;
+}

@@ -102,9 +102,40 @@ enum fate_prefetch_from {
     FATE_PREFETCH_LAYER = 2, // the routers of the next layers, given what a layer's own router reads
 };
 
+// A linear model of routing, by which the engine itself may say which experts the token about to run needs and which are worth their slots: the sizes that
+// its features have. Their order in a head's weights: FATE_LINEAR_RATE.. name the first of each kind.
+enum {
+    FATE_LINEAR_RATES     = 8, // decayed shares of the tokens that used the expert
+    FATE_LINEAR_EARLY     = 4, // of their logs, also by how early in its sequence the token is
+    FATE_LINEAR_NGRAMS    = 3, // lengths of context whose last occurrence is looked for
+    FATE_LINEAR_MOST_GRAM = 8, // the longest one, in tokens
+    FATE_LINEAR_DECAYED   = 2, // decayed sums of what tokens routed
+    FATE_LINEAR_CONTEXTS =
+        7, // what the context vector is made of, in pieces of rank_basis: token now, later; last token; repeat now, soon; decayed
+    FATE_LINEAR_LATER         = 5,    // tokens that are "later" than a token
+    FATE_LINEAR_FOLLOW        = 32,   // tokens of a repeat that are looked at
+    FATE_LINEAR_MAX_COUNT     = 1024, // occurrences at which a row of a table is halved
+    FATE_LINEAR_MAX_AGE       = 1024, // tokens since the last use
+    FATE_LINEAR_MAX_SEQUENCES = 256,
+    FATE_LINEAR_MOST_ROWS     = 64,   // of a larger step only the last ones are taken in
+    FATE_LINEAR_UNKNOWN       = -1,   // a token that is not known
+
+    FATE_LINEAR_RATE        = 0,
+    FATE_LINEAR_LOG_RATE    = 8,
+    FATE_LINEAR_LOG_AGE     = 16,
+    FATE_LINEAR_TOKEN_NOW   = 17,
+    FATE_LINEAR_PAIR_NOW    = 18,
+    FATE_LINEAR_TOKEN_LATER = 19,
+    FATE_LINEAR_PAIR_LATER  = 20,
+    FATE_LINEAR_REPEAT      = 21, // now, soon, later, each FATE_LINEAR_NGRAMS
+    FATE_LINEAR_EARLY_LOG   = 30,
+    FATE_LINEAR_FEATURES    = 34,
+};
+
 typedef struct fate_engine  fate_engine;  // one for each llama.cpp context made while FATE is configured
 typedef struct fate_model   fate_model;   // a loaded model
 typedef struct fate_context fate_context; // a context of ours on it
+typedef struct fate_linear  fate_linear;  // a linear model of routing, and what it has seen
 
 // What an engine serves. Arrays have n_layers entries and live as long as the engine.
 typedef struct fate_geometry {
@@ -141,6 +172,52 @@ typedef struct fate_step {
     const int32_t * ahead_ids;     // [n_tokens][n_layers][n_horizons][n_ahead], -1: none
     const float *   ahead_chances; // like ahead_ids
 } fate_step;
+
+// One question of a linear model of routing; its answers are log-odds.
+typedef struct fate_linear_head {
+    const float * weights;  // [n_layers][FATE_LINEAR_FEATURES]; null: the question is not asked, the rest is not read
+    const float * fold;     // [rank][n_layers][max_experts], of the squeezed context
+    const float * constant; // [n_layers][max_experts]
+    const float * bonus;    // [n_layers], what a use in a step not observed yet adds
+} fate_linear_head;
+
+// What was counted of tokens, or of pairs of tokens, in training: the oldest row first. Halves are IEEE's, in 16 bits.
+typedef struct fate_linear_table {
+    int32_t          capacity; // rows that there is room for, 1 or more; the least recent makes room
+    int32_t          n_rows;   // that it begins with; of more than the capacity the most recent
+    const int64_t *  keys;     // [n_rows] tokens; of pairs [n_rows][2], the token before and the token
+    const float *    n;        // [n_rows][2] occurrences, and those that later tokens were seen of
+    const uint16_t * sums;     // [n_rows][2][n_layers * max_experts], of tokens + rank_basis more columns each
+} fate_linear_table;
+
+// Everything that was fitted. All arrays are the caller's and must live as long as what is opened with them.
+typedef struct fate_linear_model {
+    int32_t           n_layers;
+    int32_t           max_experts;
+    int32_t           max_k;
+    int32_t           rank_basis;
+    int32_t           rank;
+    const int32_t *   n_experts;    // [n_layers], 1 to max_experts
+    const float *     even_rates;   // [n_layers][max_experts], the rates that it begins with
+    const float *     basis;        // [n_layers][max_experts][rank_basis], by whose sum a token's routing is summed up
+    const float *     center;       // [rank_basis], subtracted from that sum
+    const float *     squeeze;      // [FATE_LINEAR_CONTEXTS][rank_basis][rank]
+    const float *     rate_keep;    // [FATE_LINEAR_RATES], what a token leaves of a rate
+    const float *     context_keep; // [FATE_LINEAR_DECAYED]
+    const float *     soon;         // [FATE_LINEAR_FOLLOW], what the tokens after a repeat count
+    const float *     later;        // [FATE_LINEAR_FOLLOW]
+    const float *     credit;       // [FATE_LINEAR_LATER], what the tokens after a token count
+    const int32_t *   early_of;     // [FATE_LINEAR_EARLY], of which rates
+    double            early_tokens; // earliness is halved every so many tokens,
+    int32_t           early_end;    // and 0 from here on
+    const int32_t *   ngrams;       // [FATE_LINEAR_NGRAMS], rising, up to FATE_LINEAR_MOST_GRAM
+    int32_t           n_history;    // tokens in which contexts are looked for, more than FATE_LINEAR_FOLLOW
+    int32_t           learn;        // 1: goes on counting what tokens use
+    fate_linear_table tokens;
+    fate_linear_table pairs;
+    fate_linear_head  now;  // is it used by this token? Must be asked.
+    fate_linear_head  keep; // what is it worth to keep it after this token?
+} fate_linear_model;
 
 // Callbacks run on the thread that decodes, which need not be the one that called in; on_miss for layers on a GPU on a thread of the engine's own, but
 // never while another callback of the same engine but on_wait runs. They return FATE_STATUS_OK, or another status: on_open then fails the context; after any other
@@ -306,6 +383,22 @@ FATE_API int32_t fate_context_set_sampler(fate_context * context, float temperat
                                           uint32_t seed);
 // Samples from the last output of the last batch.
 FATE_API int32_t fate_context_sample(fate_context * context, int32_t * token);
+
+// A linear model of routing by itself, for tests and timing. Any thread, one at a time for each fate_linear. Nothing but fate_linear_open allocates.
+FATE_API int32_t fate_linear_open(const fate_linear_model * model, fate_linear ** linear); // the struct is copied, its arrays are not
+FATE_API void    fate_linear_close(fate_linear * linear);                                  // null is ignored
+// Forgets all but the model.
+FATE_API int32_t fate_linear_reset(fate_linear * linear);
+// Takes in what one token routed, distinct within a layer, best first, -1: not run. FATE_STATUS_INVALID changes nothing.
+FATE_API int32_t fate_linear_observe(fate_linear * linear, const int32_t * ids /* [n_layers][max_k] */, int32_t token, int32_t sequence);
+// Takes in the last FATE_LINEAR_MOST_ROWS tokens of a step; of it n_tokens, n_layers, k, ids, tokens and sequences are read.
+FATE_API int32_t fate_linear_step(fate_linear * linear, const fate_step * step);
+// Tells of the token that runs next; -1: token or position are not known.
+FATE_API int32_t fate_linear_expect(fate_linear * linear, int32_t token, int32_t sequence, int32_t position);
+// Of the token told: the chance that it uses each expert, 0 of those that do not exist, and what each is worth. Each may be null; scores and bonus must be
+// if there is no head for them.
+FATE_API int32_t fate_linear_get(fate_linear * linear, float * chances /* [n_layers][max_experts] */,
+                                 float * scores /* [n_layers][max_experts] */, float * bonus /* [n_layers] */);
 
 // cdef end
 

@@ -68,6 +68,7 @@ def programs(request: pytest.FixtureRequest) -> Programs:
         "test-service",
         "test-courier",
         "test-lookahead",
+        "test-linear",
         "test-worth",
     ],
 )
