@@ -1,10 +1,12 @@
-"""What a policy costs in Python, a token in table mode, a question in callback mode; no model, no GPU.
+"""What a policy costs, a token in table mode, a question in callback mode; no model, no GPU.
 
 The functions that C calls are called through their C pointers, with the steps and the questions of LRU on
-replayed routing, as an engine makes them (the way there and back, about 2 us, is in the figures).
+replayed routing, as an engine makes them (the way there and back, about 2 us, is in the figures). `native` is
+the library's own evaluation of the classifier: a step taken in, the next token told, chances and scores made.
 
     python -m bench.policy_cost                 # all policies
-    python -m bench.policy_cost classifier --pause-ms 4
+    python -m bench.policy_cost classifier native --pause-ms 4
+    python -m bench.policy_cost native --shape gptoss
     python -m bench.policy_cost classifier predictor --prefetch
     python -m bench.policy_cost lru --callback
 """
@@ -26,12 +28,13 @@ from numpy.typing import NDArray
 
 from bench import models
 from bench.policies import PythonLRU
-from bench.routing import stretch
+from bench.routing import stretch, way
 from fate_bind import library
 from fate_bind.engine import Engine
 from fate_bind.host import Host
+from fate_bind.linear import NativeLinear
 from fate_policy import cost, data, trace
-from fate_policy.base import POOL, Policy, Step
+from fate_policy.base import POOL, Geometry, Policy, Step
 from fate_policy.classifier import Classifier
 from fate_policy.config import load
 from fate_policy.frequency import Frequency
@@ -62,6 +65,7 @@ POLICIES: dict[str, Callable[[models.Shape], Policy | None]] = {
     "predictor": lambda shape: _classifier(shape, evict_by="lru"),
 }
 PREDICTS = ("classifier", "predictor")
+NATIVE = "native"
 
 
 @dataclass(frozen=True)
@@ -223,6 +227,26 @@ class Caller:
             self.host.reraise()
 
 
+class NativeCaller:
+    """Do for the library's evaluation what `Caller` does for a policy in Python."""
+
+    def __init__(self, shape: models.Shape, n_slots: int) -> None:
+        policy = _classifier(shape)
+        n_experts, k, slots = (
+            np.full(shape.n_layers, value, np.int32) for value in (shape.n_experts, shape.k, n_slots)
+        )
+        policy.start(Geometry(n_experts, k, slots, np.ones(shape.n_layers, np.int64)))
+        linear = policy.linear()
+        assert linear is not None
+        self.native = NativeLinear(linear)
+
+    def step(self, step: Step, following: Step) -> Callable[[], None]:
+        """Return what takes the step in, tells the token of the one after it, and asks."""
+        return self.native.turn(
+            step, *(int(getattr(following, name)[0]) for name in ("tokens", "sequences", "positions"))
+        )
+
+
 _INTS = ("ids", "tokens", "positions", "sequences", "fills", "evictions")
 
 
@@ -240,12 +264,15 @@ def seconds_of(call: Callable[[], None], pause_ms: float) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("policy", nargs="*", help="of " + ", ".join(POLICIES))
+    parser.add_argument("policy", nargs="*", help="of " + ", ".join((*POLICIES, NATIVE)))
+    parser.add_argument("--shape", choices=("qwen3", "gptoss"), default="qwen3")
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--callback", action="store_true", help="callback mode, questions and steps apart")
     parser.add_argument("--record", action="store_true")
     parser.add_argument(
-        "--prefetch", action="store_true", help="ask for predictions too, of " + " and ".join(PREDICTS)
+        "--prefetch",
+        action="store_true",
+        help=f"ask for predictions too, of {' and '.join(PREDICTS)}; {NATIVE} makes them always",
     )
     parser.add_argument(
         "--pause-ms",
@@ -255,28 +282,35 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args(argv)
-    args.policy = args.policy or list(PREDICTS if args.prefetch else POLICIES)
-    shape = models.SHAPES["qwen3"]
+    args.policy = args.policy or [*(PREDICTS if args.prefetch else POLICIES), NATIVE]
+    shape = models.SHAPES[args.shape]
     whole = trace.load(data.find("gptoss20b_stem", None))
     layers = np.arange(shape.n_layers) * whole.n_layers // shape.n_layers
-    ids = stretch(whole.experts(0, 4 * N_TOKENS).astype(np.int32), N_TOKENS + 1, layers)
+    ids = whole.experts(0, 4 * N_TOKENS).astype(np.int32)
+    ids = ids[: N_TOKENS + 1, layers] if way(shape) == "own" else stretch(ids, N_TOKENS + 1, layers)
     steps, asked = walk(ids, whole.tokens[: N_TOKENS + 1], shape.n_experts, args.slots)
     for name in args.policy:
         with tempfile.TemporaryDirectory() as folder:
-            caller = Caller(
-                POLICIES[name](shape),
-                "callback" if args.callback else "table",
-                shape,
-                args.slots,
-                Path(folder) / "trace.npz" if args.record else None,
-                args.prefetch,
-            )
+            caller: Caller | NativeCaller
+            if name == NATIVE:
+                caller = NativeCaller(shape, args.slots)
+            else:
+                caller = Caller(
+                    POLICIES[name](shape),
+                    "callback" if args.callback else "table",
+                    shape,
+                    args.slots,
+                    Path(folder) / "trace.npz" if args.record else None,
+                    args.prefetch,
+                )
             tokens: list[float] = []
             questions: list[float] = []
             profile = cProfile.Profile()
             for t in range(N_TOKENS):
                 step_call = caller.step(steps[t], steps[t + 1])
-                calls = [caller.question(question) for question in asked[t]] if args.callback else []
+                calls = []
+                if args.callback and isinstance(caller, Caller):
+                    calls = [caller.question(question) for question in asked[t]]
                 if args.profile and t == WARM_UP:
                     profile.enable()
                 for call in calls:
@@ -286,7 +320,8 @@ def main(argv: list[str] | None = None) -> None:
                     questions.clear()
                     tokens.clear()
             profile.disable()
-            caller.engine.keep_record(is_end=True)
+            if isinstance(caller, Caller):
+                caller.engine.keep_record(is_end=True)
         for what, seconds in (("token", tokens), ("question", questions)):
             if seconds:
                 low, median = np.percentile(seconds, (10, 50)) * 1e6

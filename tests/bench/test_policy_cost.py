@@ -33,11 +33,14 @@ def test_every_policy_is_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     policy_cost.main([])
     policy_cost.main(["lru", "--callback", "--record"])
     policy_cost.main(["--prefetch"])
+    policy_cost.main(["native", "--shape", "gptoss", "--slots", "8"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [
-        *([name, "token"] for name in policy_cost.POLICIES),
+        *([name, "token"] for name in (*policy_cost.POLICIES, "native")),
         ["lru", "token"],
         ["lru", "question"],
         ["classifier", "token"],
         ["predictor", "token"],
+        ["native", "token"],
+        ["native", "token"],
     ]
