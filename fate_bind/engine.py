@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from fate_bind import interrupts, library
 from fate_bind.callbacks import FLOAT32, INT32, INT64, array, read_step
+from fate_bind.linear import CModel
 from fate_bind.stats import Report
-from fate_policy.base import Geometry, Step
+from fate_policy.base import Geometry, Policy, Step
 from fate_policy.counters import PER_LAYER, Counters
 from fate_policy.driver import Driver
 from fate_policy.trace import Trace, TraceWriter, geometry_meta, load
@@ -72,6 +73,7 @@ class Engine:
         self._last: Report | None = None
         self._asking = _Asking(self)
         self._is_foretold = False  # what comes next was told already
+        self._linear: CModel | None = None  # by which the engine decides itself
         self.geometry = self._read_geometry()
         self.n_experts: list[int] = self.geometry.n_experts.tolist()
         self.is_engaged = bool(self._info().engaged)
@@ -101,6 +103,23 @@ class Engine:
                     )
                 else:
                     self.driver.reset()
+                self._set_linear(self.driver.policy)
+
+    def _set_linear(self, policy: Policy) -> None:
+        """Have the engine decide by itself where the policy has a linear model and waits for nothing."""
+        config = self.host.config
+        if config.mode != "table" or config.sync or config.refresh_tokens > 1:
+            return
+        ffi, lib = library.load()
+        model = policy.linear()
+        self._linear = None if model is None else CModel(model)
+        pointer = ffi.NULL if self._linear is None else self._linear.pointer
+        library.check(lib.fate_engine_set_linear(self.pointer, pointer))
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the engine decides by the policy's linear model, without asking Python."""
+        return self._linear is not None
 
     def step(self, c_step: Any, scores: Any, bonus: Any) -> bool:
         """Take in a finished step; return whether new scores were written."""
@@ -109,7 +128,7 @@ class Engine:
         if self.host.record is not None:
             self._append(step)
             began = time.perf_counter()
-        if self.driver is None or self._policy_error is not None:
+        if self.driver is None or self._policy_error is not None or self._linear is not None:
             return False
         with self._asking(began):
             self.driver.observe(step)

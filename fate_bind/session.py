@@ -216,6 +216,7 @@ class Session:
         prefetch_experts: int | None = None,
         record: str | Path | None = None,
         require: bool = False,
+        throttle_gbps: float | None = None,
     ) -> Session:
         """Return a session with a context and pool of its own on the same loaded model.
 
@@ -236,7 +237,8 @@ class Session:
         instance = given if instance is None else instance
         if instance is None:
             config = with_trained(config, self._model.path)
-        return self.fork_with(Host(config, instance, Path(record) if record else None, require))
+        record = Path(record) if record else None
+        return self.fork_with(Host(config, instance, record, require, throttle_gbps))
 
     def fork_with(self, host: Host | None) -> Session:
         """Return what `fork` does, with the engine that `host` describes; None: without any."""

@@ -261,7 +261,7 @@ void fate_engine::prefetch(int32_t layer, const float * chance) {
     b.layer->prefetch(chance, config_.prefetch_threshold, fate_prefetch_most(config_.prefetch_experts, b.n_slots, b.k), io);
 }
 
-// Has layers bring in what the step at hand is predicted to use: before it with sync, else beside it, which only a GPU can.
+// Has layers bring in what the step at hand is predicted to use, if that is known: with sync before it, else beside it, which only a GPU can.
 void fate_engine::prefetch() {
     if (!predicted_) {
         return;

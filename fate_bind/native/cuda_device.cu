@@ -566,9 +566,12 @@ void fate_cuda_device::collect(int which, fate_record & record) {
 
 void fate_cuda_device::publish(const float * scores, int32_t stride, const float * bonus, bool behind) {
     const device_scope scope(ordinal_);
-    const int          which   = static_cast<int>(n_published_++ % 2);
-    const float *      on_host = nullptr;
-    const size_t       n_all   = this->n_all();
+    if (prefetch_ && !behind) { // who plans beside the step before reads scores
+        prefetch_->join(stream_);
+    }
+    const int     which   = static_cast<int>(n_published_++ % 2);
+    const float * on_host = nullptr;
+    const size_t  n_all   = this->n_all();
     if (scores) {
         const size_t bytes = n_all * (stride + 1) * sizeof(float);
         if (!scores_[which].data) {

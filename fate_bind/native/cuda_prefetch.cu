@@ -201,7 +201,6 @@ void fate_cuda_prefetch::reset(cudaStream_t stream) {
 void fate_cuda_prefetch::begin(const fate_cuda_layer * layers, bool looks, const fate_cuda_uses & uses, cudaStream_t stream) {
     join(stream);
     is_busy_          = false;
-    is_watched_       = false;
     const int64_t now = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
     rests_            = !waits_ && !worth_.begin(uses.n_brought, uses.n_hidden, uses.n_came, now);
     looks_            = looks && n_views_ > 0 && !rests_;
@@ -235,8 +234,7 @@ void fate_cuda_prefetch::watch(const fate_cuda_layer * layers) {
     if (!looks_ || waits_) {
         return;
     }
-    is_busy_    = true; // before anything that can fail half-way
-    is_watched_ = true;
+    is_busy_ = true; // before anything that can fail half-way
     FATE_CUDA(cudaStreamWaitEvent(side_, settled_.handle, 0));
     fetch(layers, true, side_);
 }
@@ -256,7 +254,7 @@ void fate_cuda_prefetch::launch(const fate_cuda_layer * layers, const int32_t * 
     }
     memcpy(chances_[which].data, chance, bytes);
     is_busy_              = is_busy_ || !waits_; // before anything that can fail half-way
-    const cudaStream_t on = waits_ ? stream : is_watched_ ? planner_ : side_;
+    const cudaStream_t on = waits_ ? stream : looks_ ? planner_ : side_;
     if (!waits_) {
         FATE_CUDA(cudaStreamWaitEvent(on, settled_.handle, 0));
     }
@@ -264,7 +262,7 @@ void fate_cuda_prefetch::launch(const fate_cuda_layer * layers, const int32_t * 
         layers, index, reinterpret_cast<float *>(chances_[which].data), stride, threshold_, wanted_);
     FATE_CUDA(cudaGetLastError());
     FATE_CUDA(cudaEventRecord(is_planned_[which].handle, on));
-    if (!is_watched_) {
+    if (waits_ || !looks_) { // else whoever watches copies, or will
         fetch(layers, false, on);
     }
 }

@@ -38,7 +38,7 @@ public:
     void watch(const fate_cuda_layer * layers);
     // What the stream does next comes behind all that is beside the step.
     void join(cudaStream_t stream);
-    // chance[n_all][stride], by index, for the step begun last.
+    // chance[n_all][stride], by index, for the step begun last, enqueued or not.
     void launch(const fate_cuda_layer * layers, const int32_t * index, const float * chance, size_t n_all, int32_t stride,
                 cudaStream_t stream);
 
@@ -75,11 +75,10 @@ private:
     fate_cuda_event              settled_;
     fate_cuda_event              ended_[2];
     fate_worth                   worth_;
-    bool                         rests_      = false;   // prefetch does, in the step at hand
-    bool                         looks_      = false;   // in the step at hand
-    bool                         is_watched_ = false;   // the side stream stays with it
-    bool                         is_busy_    = false;   // the streams have something of it
-    int                          n_blocks_   = 0;       // that copy
-    cudaStream_t                 side_       = nullptr;
-    cudaStream_t                 planner_    = nullptr; // beside the side stream where that stays
+    bool                         rests_    = false;   // prefetch does, in the step at hand
+    bool                         looks_    = false;   // in the step at hand
+    bool                         is_busy_  = false;   // the streams have something of it
+    int                          n_blocks_ = 0;       // that copy
+    cudaStream_t                 side_     = nullptr;
+    cudaStream_t                 planner_  = nullptr; // beside the side stream where that stays
 };

@@ -162,6 +162,7 @@ void fate_engine::perf_reset() {
     held_back_     = false;
     scores_due_    = false;
     policy_failed_ = false;
+    linear_.reset(); // on_open sets it again
     {
         std::lock_guard<std::mutex> lock(mutex_);
         for (auto & device : devices_) {
@@ -196,12 +197,16 @@ void fate_engine::ubatch_begin(const llama_ubatch & ubatch) {
         began_us_ = ggml_time_us();
         ran_      = false;
         error_.clear();
+        gathered_[current_] = false;
         record_[current_].begin(static_cast<int32_t>(ubatch.n_tokens), wants_steps_ ? static_cast<int32_t>(blocks_.size()) : 0, max_k_,
                                 config_.weights != 0, ubatch.token, ubatch.pos, ubatch.seq_id, ubatch.output);
         for (const auto & b : blocks_) {
             if (b->layer) {
                 b->layer->begin_step();
             }
+        }
+        if (foresees()) {
+            foresee();
         }
         for (auto & device : devices_) {
             const int32_t     n_tokens = static_cast<int32_t>(ubatch.n_tokens);
@@ -211,10 +216,10 @@ void fate_engine::ubatch_begin(const llama_ubatch & ubatch) {
         }
         if (sync_) {
             if (expect(true, !chances_.empty())) {
-                publish();
+                publish(false);
             }
-            prefetch();
         }
+        prefetch();
     }
 }
 
@@ -243,7 +248,12 @@ bool fate_engine::ubatch_end(bool ok) {
         } else if (held_back_) {
             is_due = deliver(1 - current_);
         }
-        if (!sync_ && steps_ > 1 && config_.expects) {
+        if (linear_) { // before a step of one token it says it itself, for that token
+            is_due = held_back_ && linear_->has_scores() && !foresees();
+            if (is_due) {
+                linear_->scores(scores_.data(), bonus_.data());
+            }
+        } else if (!sync_ && steps_ > 1 && config_.expects) {
             if (!chances_.empty()) { // first, for the step runs already
                 expect(false, true);
                 prefetch();
@@ -251,9 +261,10 @@ bool fate_engine::ubatch_end(bool ok) {
             is_due = expect(true, false);
         }
         if (is_due) {
-            publish();
+            publish(!sync_);
         }
         held_back_ = !sync_;
+        followed_  = false;
     }
     current_ = 1 - current_;
     {
@@ -266,16 +277,26 @@ bool fate_engine::ubatch_end(bool ok) {
     return error_.empty();
 }
 
+// What devices know of a step; waits for it.
+void fate_engine::gather(int32_t which) {
+    for (auto & device : devices_) {
+        if (!gathered_[which]) {
+            device->collect(which, record_[which]);
+        }
+    }
+    gathered_[which] = true;
+}
+
 // Hands over one of the two records; true if the policy published scores.
 bool fate_engine::deliver(int32_t which) {
-    fate_record & record = record_[which];
-    for (auto & device : devices_) {
-        device->collect(which, record);
+    gather(which);
+    if (linear_) {
+        follow();
     }
-    if (!config_.on_step || (policy_failed_ && !config_.record)) {
+    if (!config_.on_step || ((policy_failed_ || linear_) && !config_.record)) {
         return false;
     }
-    const fate_step step = record.view();
+    const fate_step step = record_[which].view();
     const bool      published =
         call([&](int32_t * flag) { return config_.on_step(config_.user, this, &step, scores_.data(), bonus_.data(), flag); });
     return published && !config_.expects;
@@ -316,26 +337,77 @@ template <typename F> bool fate_engine::call(F callback) {
     return published && !policy_failed_;
 }
 
-// Without sync the policy has not seen the step at hand.
-void fate_engine::publish() {
+// Sets what decides in place of the policy, without Python and for the very token that is about to run.
+void fate_engine::set_linear(const fate_linear_model * model) {
+    linear_.reset();
+    if (!model) {
+        return;
+    }
+    if (sync_ || !config_.scores) {
+        throw fate_error(FATE_STATUS_INVALID,
+                         "a linear model decides in table mode without sync, in place of a policy that publishes scores");
+    }
+    const bool fits = model->n_layers == static_cast<int32_t>(blocks_.size()) && model->max_experts == max_experts_ &&
+                      model->max_k == max_k_ && std::equal(n_experts_.begin(), n_experts_.end(), model->n_experts);
+    if (!fits) {
+        throw fate_error(FATE_STATUS_INVALID,
+                         fate_format("a linear model of %d layers with up to %d experts, of which up to %d are used: expected the "
+                                     "engine's own, %zu, %d and %d",
+                                     model->n_layers, model->max_experts, model->max_k, blocks_.size(), max_experts_, max_k_));
+    }
+    linear_ = std::make_unique<fate_linear>(*model);
+}
+
+// Has the linear model take in the step that is held back, once.
+void fate_engine::follow() {
+    if (held_back_ && !followed_) {
+        gather(1 - current_);
+        linear_->step(record_[1 - current_].view());
+        followed_ = true;
+    }
+}
+
+// Whether the linear model is asked about the step at hand.
+bool fate_engine::foresees() const {
+    return linear_ && record_[current_].n_tokens() == 1 && record_[current_].has_output();
+}
+
+// Before a step of one token: what it is likely to use, and what is worth keeping after it. The step before is over, for its output made the token; a program
+// that did not look at it waits here.
+void fate_engine::foresee() {
+    const fate_step step = record_[current_].view();
+    follow();
+    linear_->expect(step.tokens[0], step.sequences[0], step.positions[0]);
+    if (linear_->has_scores()) {
+        linear_->scores(scores_.data(), bonus_.data());
+        publish(false);
+    }
+    if (!chances_.empty()) {
+        linear_->chances(chances_.data());
+        predicted_ = true;
+    }
+}
+
+// behind: the policy has not seen the step at hand.
+void fate_engine::publish(bool behind) {
     if (policy_failed_ || callback_) { // where the policy is not followed in callback mode, LRU is
         return;
     }
     for (size_t i = 0; i < blocks_.size(); ++i) {
         if (blocks_[i]->layer) {
-            blocks_[i]->layer->publish(&scores_[i * max_experts_], bonus_[i], !sync_);
+            blocks_[i]->layer->publish(&scores_[i * max_experts_], bonus_[i], behind);
         }
     }
     for (auto & device : devices_) {
-        device->publish(scores_.data(), max_experts_, bonus_.data(), !sync_);
+        device->publish(scores_.data(), max_experts_, bonus_.data(), behind);
     }
 }
 
 // The scores that come of it act when they would have.
 void fate_engine::flush() {
     if (held_back_) {
-        held_back_  = false;
         scores_due_ = deliver(1 - current_);
+        held_back_  = false;
     }
 }
 

@@ -5,6 +5,7 @@
 #include "device.h"
 #include "fate.h"
 #include "layer.h"
+#include "linear.h"
 #include "llama-engine.h"
 #include "pool.h"
 #include "record.h"
@@ -59,6 +60,7 @@ struct fate_engine final : llama_engine_i, private fate_asker {
 
     void      flush();
     void      seek_routing(int64_t row);
+    void      set_linear(const fate_linear_model * model);
     void      check() const;
     fate_info info() const;
     void      get_counters(int64_t * out, size_t n) const;
@@ -158,7 +160,11 @@ private:
     std::string no_memory() const;
     void        settle();
     void        open();
-    void        publish();
+    void        publish(bool behind);
+    bool        foresees() const;
+    void        foresee();
+    void        follow();
+    void        gather(int32_t which);
     bool        expect(bool asks_scores, bool asks_chances);
     void        find_gate(block & b, const llama_moe_args & args);
     bool        looks() const;
@@ -223,18 +229,21 @@ private:
     std::vector<int32_t> n_slots_;
     std::vector<int64_t> expert_bytes_;
 
-    bool                 active_  = false; // graphs of the current ubatch go through the pool
-    bool                 closing_ = false; // the backends and their streams are gone; written under policy_mutex_
-    std::atomic<bool>    policy_failed_{ false };
-    std::mutex           policy_mutex_;    // a policy is asked by one thread at a time: that which decodes, or a GPU's service
-    fate_record          record_[2];
-    int32_t              current_    = 0;
-    int64_t              began_us_   = 0;
-    bool                 held_back_  = false; // record_[1 - current_] waits to be delivered
-    bool                 scores_due_ = false; // scores_ were handed over early, by flush()
-    bool                 ran_        = false; // a layer ran in this step
-    std::string          error_;              // of an op; fails the ubatch
-    std::atomic<int64_t> graph_nodes_{ 0 };   // of the newest captured graph, up to the last op of ours
+    bool                         active_  = false; // graphs of the current ubatch go through the pool
+    bool                         closing_ = false; // the backends and their streams are gone; written under policy_mutex_
+    std::atomic<bool>            policy_failed_{ false };
+    std::unique_ptr<fate_linear> linear_;          // decides in place of the policy, null: none
+    std::mutex                   policy_mutex_;    // a policy is asked by one thread at a time: that which decodes, or a GPU's service
+    fate_record                  record_[2];
+    int32_t                      current_     = 0;
+    int64_t                      began_us_    = 0;
+    bool                         gathered_[2] = {};    // record_ has what devices know
+    bool                         held_back_   = false; // record_[1 - current_] waits to be delivered
+    bool                         followed_    = false; // and linear_ has taken it in
+    bool                         scores_due_  = false; // scores_ were handed over early, by flush()
+    bool                         ran_         = false; // a layer ran in this step
+    std::string                  error_;               // of an op; fails the ubatch
+    std::atomic<int64_t>         graph_nodes_{ 0 };    // of the newest captured graph, up to the last op of ours
 
     std::vector<float>   scores_;
     std::vector<float>   bonus_;

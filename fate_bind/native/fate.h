@@ -326,6 +326,10 @@ FATE_API int32_t fate_engine_get_counters(const fate_engine * engine, int64_t * 
                                           size_t n_counters);
 // Of the newest step, with fate_config.times; waits for it. Layers that no GPU serves have zeros. Decode thread.
 FATE_API int32_t fate_engine_get_times(const fate_engine * engine, int64_t * times /* [n_layers][FATE_N_TIMES] */, size_t n_times);
+// Has the engine decide by a linear model of routing in place of the policy: for the very token that is about to run, without asking Python; on_expect is not
+// called any more, nor on_step but for records. In table mode without sync. The arrays live until the engine is gone or this is called again. null: no more.
+// Within on_open; a reset forgets it.
+FATE_API int32_t fate_engine_set_linear(fate_engine * engine, const fate_linear_model * model);
 // Hands over the record that is held back without sync, so that nothing is missing from what was recorded. Decode thread.
 FATE_API int32_t fate_engine_flush(fate_engine * engine);
 // Of a context that replays routing: its next step takes the rows from this one on. Decode thread, no step under way.

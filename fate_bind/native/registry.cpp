@@ -155,6 +155,10 @@ int32_t fate_engine_flush(fate_engine * engine) {
     return fate_guard(FATE_STATUS_POLICY, [&] { engine->flush(); });
 }
 
+int32_t fate_engine_set_linear(fate_engine * engine, const fate_linear_model * model) {
+    return fate_guard(FATE_STATUS_INVALID, [&] { engine->set_linear(model); });
+}
+
 int32_t fate_engine_seek_routing(fate_engine * engine, int64_t row) {
     return fate_guard(FATE_STATUS_INVALID, [&] { engine->seek_routing(row); });
 }

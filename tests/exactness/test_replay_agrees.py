@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from fate_bind.linear import NativeLinear
 from fate_bind.session import Session
 from fate_policy import assess, train
 from fate_policy.base import Geometry, History, Policy, Step
@@ -67,6 +68,38 @@ class Telling(Policy):
         return np.linspace(0, 1.5, self.shape[0], dtype=np.float32)
 
 
+class PythonClassifier(Classifier):
+    """The classifier, always asked in Python: what derives from it may decide otherwise."""
+
+
+class NativeClassifier(Policy):
+    """In replay, the classifier as the library evaluates it; zeros until it is told a token."""
+
+    def __init__(self, fitted: Model) -> None:
+        self._classifier = Classifier.of(fitted)
+
+    def start(self, geometry: Geometry) -> None:
+        self._classifier.start(geometry)
+        model = self._classifier.linear()
+        assert model is not None
+        self._native = NativeLinear(model)
+        self._answer: tuple[NDArray[np.float32], ...] | None = None
+        self._shape = geometry.n_layers, geometry.max_experts
+
+    def observe(self, step: Step) -> None:
+        self._native.step(step)
+
+    def expect(self, token: int, sequence: int, position: int) -> None:
+        self._native.expect(token, sequence, position)
+        self._answer = self._native.get()
+
+    def scores(self, history: History) -> NDArray[np.float32]:
+        return np.zeros(self._shape, np.float32) if self._answer is None else self._answer[1]
+
+    def bonus(self, history: History) -> NDArray[np.float32]:
+        return np.zeros(self._shape[0], np.float32) if self._answer is None else self._answer[2]
+
+
 POLICIES: dict[str, Callable[[Path], Policy]] = {
     "lru": lambda _: LRU(),
     "frequency": lambda _: Frequency(),
@@ -74,7 +107,7 @@ POLICIES: dict[str, Callable[[Path], Policy]] = {
     "random": lambda _: Random(seed=3),
     "static": static_of,
     "telling": lambda _: Telling(),
-    "classifier": lambda path: Classifier(model=str(path.with_name("model.npz"))),
+    "classifier": lambda path: PythonClassifier(model=str(path.with_name("model.npz"))),
     "weighing classifier": lambda path: Classifier(model=str(path.with_name("weighing.npz"))),
 }
 
@@ -186,14 +219,44 @@ def test_a_model_of_weights_decides_alike_unrecorded(profile: Path, tmp_path: Pa
     assert counters[0] == counters[1]
 
 
+@pytest.mark.parametrize("slots", [6, 10, 16])
+def test_without_sync_the_engine_evaluates_the_classifier_itself(
+    slots: int, profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the very token, so that it counts as it does with `sync`, and Python is not asked."""
+    fitted, path = fitted_on(profile), tmp_path / "trace.npz"
+    with monkeypatch.context() as patched:
+
+        def asked(*_: object) -> None:
+            raise AssertionError("Python is asked")
+
+        for name in ("observe", "expect", "scores"):
+            patched.setattr(Classifier, name, asked)
+        with Session(args=ARGS, policy=Classifier.of(fitted), slots=slots, record=path) as session:
+            tokens = session.tokenize(TEXT)
+            session.logits(tokens[:20])
+            for token in tokens[20:]:
+                session.logits([token])
+            "".join(session.generate(" He", 60))
+            session.check()
+    engine, trace = session.counters(), load(path)
+    native = replay(trace, NativeClassifier(fitted), sync=True)
+    assert engine == native, f"{engine.totals()}\n{native.totals()}"
+    near = replay(trace, Classifier.of(fitted), sync=True)
+    late = replay(trace, Classifier.of(fitted), sync=False)
+    assert abs(engine.hits.sum() - near.hits.sum()) < 0.01 * near.hits.sum()  # sums in another order
+    assert near != late
+    assert replay(trace, "lru") != engine
+
+
 @pytest.mark.parametrize("sync", [True, False])
 def test_the_classifier_runs_as_the_lab_judges_it(sync: bool, profile: Path, tmp_path: Path) -> None:
-    """With `sync` its scores are those of the token about to run, without it those of the one before.
+    """With `sync` its scores are those of the token about to run, without it, in Python, of the one before.
 
     The engine once told no policy which token comes, so both were a token later than the lab's figures.
     """
     fitted, path = fitted_on(profile), tmp_path / "trace.npz"
-    with Session(args=ARGS, policy=Classifier.of(fitted), slots=8, sync=sync, record=path) as session:
+    with Session(args=ARGS, policy=PythonClassifier.of(fitted), slots=8, sync=sync, record=path) as session:
         tokens = session.tokenize(TEXT)
         for token in tokens:
             session.logits([token])

@@ -11,9 +11,12 @@ from gpu.test_exact import ARGS, N_EXPERTS, N_LAYERS, RESIDENT, K, Logits
 from numpy.typing import NDArray
 
 from fate_bind.session import Session
+from fate_policy import assess, train
 from fate_policy.base import Policy, Step
+from fate_policy.classifier import Classifier
 from fate_policy.counters import Counters
 from fate_policy.errors import PolicyError
+from fate_policy.model import Model
 from fate_policy.prefetch_rule import Prefetch
 from fate_policy.recall import measure
 from fate_policy.replay import replay
@@ -23,6 +26,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.model]
 
 TOKENS = [(i * 977 + 31) % 4000 for i in range(120)]
 N_PROMPT = 20  # staged
+SLOWER = 4.0
+"""GB/s: on a faster link this small model's experts come so fast that prefetch, rightly, rests."""
 Chances = NDArray[np.float32]
 
 
@@ -111,7 +116,12 @@ def test_predictions_change_no_bit(
     total = dict.fromkeys(("prefetches", "prefetch_useful", "prefetch_late", "prefetch_wasted"), 0)
     for kind, make in KINDS.items():
         with pooled.fork(
-            policy=Forged(make=make), slots=slots, prefetch=prefetch, sync=sync, require=True
+            policy=Forged(make=make),
+            slots=slots,
+            prefetch=prefetch,
+            sync=sync,
+            require=True,
+            throttle_gbps=SLOWER,
         ) as session:
             assert np.array_equal(run(session), expected), kind
             session.check()
@@ -138,7 +148,13 @@ def test_what_routers_tell_changes_no_bit(
 ) -> None:
     path = tmp_path / "trace.npz"
     with pooled.fork(
-        policy=policy, slots=slots, prefetch="layer", sync=sync, require=True, record=path
+        policy=policy,
+        slots=slots,
+        prefetch="layer",
+        sync=sync,
+        require=True,
+        record=path,
+        throttle_gbps=SLOWER,
     ) as session:
         assert np.array_equal(run(session), expected)
         session.check()
@@ -154,6 +170,61 @@ def test_what_routers_tell_changes_no_bit(
     if sync:
         assert totals["prefetch_late"] == totals["prefetch_cancelled"] == 0
         assert replay(trace, policy, prefetch=Prefetch(kind="layer")) == counters
+
+
+def test_where_hardly_anything_is_copied_prefetch_rests(pooled: Session, expected: Logits) -> None:
+    with pooled.fork(policy="lru", slots=N_EXPERTS - 1, prefetch="layer", require=True) as session:
+        assert np.array_equal(run(session), expected)
+        before = session.counters().totals()
+        for token in TOKENS:
+            session.logits([token])
+        after = session.counters().totals()
+    assert after["misses"] > before["misses"]
+    assert after["prefetches"] == before["prefetches"]
+
+
+@pytest.fixture(scope="module")
+def fitted(pooled: Session, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    path = tmp_path_factory.mktemp("fitted") / "trace.npz"
+    with pooled.fork(record=path) as session:
+        run(session)
+    small = train.Options(
+        sample_every=1, rank_basis=16, rank=16, n_folds=2, heads=((0.25, 4), (0.5, 8)), table_minimum=1
+    )
+    return train.fit([assess.decode_only(load(path))], small)
+
+
+@pytest.mark.parametrize("prefetch", ["off", "token", "both"])
+@pytest.mark.parametrize("slots", [8, 16, N_EXPERTS - 1])
+@pytest.mark.parametrize("evict_by", ["scores", "lru"])
+def test_the_classifier_needs_no_python(
+    evict_by: str,
+    slots: int,
+    prefetch: str,
+    fitted: Model,
+    pooled: Session,
+    expected: Logits,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def asked(*_: object) -> None:
+        raise AssertionError("Python is asked")
+
+    for name in ("observe", "expect", "scores", "predict"):
+        monkeypatch.setattr(Classifier, name, asked)
+    with pooled.fork(
+        policy=Classifier.of(fitted, evict_by=evict_by),
+        slots=slots,
+        prefetch=prefetch,
+        require=True,
+        throttle_gbps=SLOWER,
+    ) as session:
+        assert np.array_equal(run(session), expected)
+        session.check()
+        totals = session.counters().totals()
+    check(session.counters())
+    assert (totals["prefetches"] > 0) == (prefetch != "off")
+    if prefetch != "off" and slots < N_EXPERTS - 1:
+        assert totals["prefetch_useful"] > 0
 
 
 def test_on_a_slow_link_some_are_late_and_some_cancelled(expected: Logits) -> None:
@@ -172,7 +243,7 @@ def test_on_a_slow_link_some_are_late_and_some_cancelled(expected: Logits) -> No
 def test_prefetch_that_is_always_wrong_rests(pooled: Session) -> None:
     found = []
     with pooled.fork(
-        policy=Forged(make=_not_before), slots=16, prefetch="token", sync=False, require=True
+        policy=Forged(make=_not_before), slots=16, prefetch="token", require=True, throttle_gbps=SLOWER
     ) as session:
         for _ in range(4):
             for token in TOKENS:
