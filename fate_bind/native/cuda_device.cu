@@ -131,13 +131,13 @@ private:
     std::unique_ptr<fate_cuda_bulk>     bulk_;
     std::unique_ptr<fate_cuda_prefetch> prefetch_; // null: none
 
-    cudaStream_t   stream_       = nullptr;        // of the backend, known from the first launch on
-    int32_t        n_tokens_     = 0;
-    int32_t        tokens_in_[2] = { 0, 0 };
-    int            last_         = -1; // the buffer of the last step, -1: none since the reset
-    int64_t        n_launches_   = 0;
-    fate_cuda_uses uses_;
-    int64_t        n_captures_ = 0;
+    cudaStream_t    stream_       = nullptr;       // of the backend, known from the first launch on
+    int32_t         n_tokens_     = 0;
+    int32_t         tokens_in_[2] = { 0, 0 };
+    int             last_         = -1; // the buffer of the last step, -1: none since the reset
+    int64_t         n_launches_   = 0;
+    fate_worth_seen seen_;
+    int64_t         n_captures_ = 0;
 
     std::unique_ptr<fate_cuda_callback> callback_; // null: table mode
     std::unique_ptr<fate_cuda_ring>     ring_;     // null: kernels read experts from the page-locked source
@@ -337,7 +337,7 @@ void fate_cuda_device::reset() {
         FATE_CUDA(cudaDeviceSynchronize());
     }
     last_ = -1;
-    uses_ = {};
+    seen_ = {};
     if (callback_) {
         callback_->reset();
     }
@@ -361,7 +361,7 @@ std::string fate_cuda_device::begin(int32_t n_tokens, bool first_is_bulk, bool l
         }
         if (prefetch_) {
             note_prefetches();
-            prefetch_->begin(device_layers_.data, looks, uses_, stream_);
+            prefetch_->begin(device_layers_.data, looks, seen_, stream_);
         }
         if (n_foretold() > 0 && config_.wants_steps) { // behind what told of the step before
             const parts p = parts_of(0);
@@ -385,13 +385,13 @@ void fate_cuda_device::note_prefetches() {
         return;
     }
     const int64_t * counters = reinterpret_cast<const int64_t *>(home_[last_].data);
-    uses_                    = {};
+    seen_                    = {};
     for (size_t i = 0; i < layers_.size(); ++i) {
         const int64_t * c = counters + i * FATE_N_COUNTERS;
-        uses_.n_brought += c[FATE_COUNTER_PREFETCHES];
-        uses_.n_hidden += static_cast<double>(c[FATE_COUNTER_PREFETCH_USEFUL]) +
+        seen_.n_brought += c[FATE_COUNTER_PREFETCHES];
+        seen_.n_hidden += static_cast<double>(c[FATE_COUNTER_PREFETCH_USEFUL]) +
                           static_cast<double>(c[FATE_COUNTER_PREFETCH_HIDDEN]) / static_cast<double>(expert_bytes_of(i));
-        uses_.n_came += c[FATE_COUNTER_FILLS] - c[FATE_COUNTER_SEED_FILLS];
+        seen_.n_came += c[FATE_COUNTER_FILLS] - c[FATE_COUNTER_SEED_FILLS];
     }
 }
 

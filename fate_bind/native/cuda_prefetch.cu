@@ -22,8 +22,8 @@ fate_cuda_prefetch::fate_cuda_prefetch(int ordinal, const fate_device_config & c
         ended_[i].create();
     }
     settled_.create();
-    worth_ = fate_worth(ns_per_expert(config));
     see(config.layers);
+    worth_           = fate_worth(ns_per_expert(config), n_views_ > 0 ? FATE_WORTH_LOOK : FATE_WORTH_PLAN);
     int n_processors = 0;
     FATE_CUDA(cudaDeviceGetAttribute(&n_processors, cudaDevAttrMultiProcessorCount, ordinal));
     n_blocks_   = std::max(1, std::min(FATE_CUDA_FILL_BLOCKS, n_processors / 8)); // ops find room beside it
@@ -198,11 +198,11 @@ void fate_cuda_prefetch::reset(cudaStream_t stream) {
     FATE_CUDA(cudaMemsetAsync(words_.data, 0, 2 * sizeof(uint32_t), stream));
 }
 
-void fate_cuda_prefetch::begin(const fate_cuda_layer * layers, bool looks, const fate_cuda_uses & uses, cudaStream_t stream) {
+void fate_cuda_prefetch::begin(const fate_cuda_layer * layers, bool looks, const fate_worth_seen & seen, cudaStream_t stream) {
     join(stream);
     is_busy_          = false;
     const int64_t now = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
-    rests_            = !waits_ && !worth_.begin(uses.n_brought, uses.n_hidden, uses.n_came, now);
+    rests_            = !waits_ && !worth_.begin(seen, now);
     looks_            = looks && n_views_ > 0 && !rests_;
     fate_settle<<<static_cast<unsigned>((n_layers_ + 31) / 32), 32, 0, stream>>>(layers, static_cast<int32_t>(n_layers_), looks_);
     FATE_CUDA(cudaGetLastError());

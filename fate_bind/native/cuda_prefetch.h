@@ -11,13 +11,6 @@
 struct fate_cuda_plan;
 struct fate_cuda_sight;
 
-// Experts so far, as far as known.
-struct fate_cuda_uses {
-    int64_t n_brought = 0; // by prefetch
-    double  n_hidden  = 0; // of these, what was there at their first use
-    int64_t n_came    = 0; // in all
-};
-
 class fate_cuda_prefetch {
 public:
     fate_cuda_prefetch(int ordinal, const fate_device_config & config, size_t max_experts);
@@ -30,8 +23,8 @@ public:
     void foretell(const fate_predictions & predictions, const int64_t * end);
 
     void reset(cudaStream_t stream);
-    // A step is about to be enqueued, outside of a capture: what the one before left is settled. looks: layers tell of later ones in it.
-    void begin(const fate_cuda_layer * layers, bool looks, const fate_cuda_uses & uses, cudaStream_t stream);
+    // A step is about to be enqueued, outside of a capture: what the one before left is settled. looks: layers tell of later ones in it. seen: as far as known.
+    void begin(const fate_cuda_layer * layers, bool looks, const fate_worth_seen & seen, cudaStream_t stream);
     // Behind the op of a layer that sees others, where steps wait. May be captured.
     void look_on(const fate_cuda_layer * layers, size_t from, cudaStream_t stream);
     // The step was enqueued: layers are looked after beside it, where it looks and does not wait.

@@ -186,7 +186,7 @@ def test_where_hardly_anything_is_copied_prefetch_rests(pooled: Session, expecte
 @pytest.fixture(scope="module")
 def fitted(pooled: Session, tmp_path_factory: pytest.TempPathFactory) -> Model:
     path = tmp_path_factory.mktemp("fitted") / "trace.npz"
-    with pooled.fork(record=path) as session:
+    with pooled.fork(slots=16, record=path) as session:
         run(session)
     small = train.Options(
         sample_every=1, rank_basis=16, rank=16, n_folds=2, heads=((0.25, 4), (0.5, 8)), table_minimum=1

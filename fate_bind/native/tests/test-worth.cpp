@@ -1,4 +1,4 @@
-// When prefetch rests: never where what it brings is used, nearly always where it is not, and not for good; and where next to nothing is copied.
+// When prefetch rests: never where it hides more than it costs, nearly always where it does not, and not for good; and where next to nothing is copied.
 #include "check.h"
 #include "worth.h"
 
@@ -7,7 +7,9 @@ static const int64_t NS_PER_STEP   = 10000000;
 
 // Drives it with steps in which so many experts come, of which prefetch, where it runs, brings half.
 struct driven {
-    fate_worth worth{ NS_PER_EXPERT };
+    explicit driven(double cost = FATE_WORTH_LOOK) : worth(NS_PER_EXPERT, cost) {}
+
+    fate_worth worth;
     double     came = 0, brought = 0, hidden = 0;
     int64_t    now = 1;
 
@@ -16,12 +18,12 @@ struct driven {
         int n_ran = 0;
         for (int i = 0; i < n; ++i) {
             now += NS_PER_STEP + (i % 3 == 0 ? pause : 0);
-            came += n_came;
-            if (worth.begin(static_cast<int64_t>(brought), hidden, static_cast<int64_t>(came), now)) {
+            if (worth.begin({ static_cast<int64_t>(brought), hidden, static_cast<int64_t>(came) }, now)) {
                 ++n_ran;
                 brought += n_came / 2;
                 hidden += n_came / 2 * share;
             }
+            came += n_came;
         }
         return n_ran;
     }
@@ -30,21 +32,28 @@ struct driven {
 int main() {
     {
         driven d;
-        CHECK(d.run(1000, 0.3) == 1000);
+        CHECK(d.run(1000, 0.4) == 1000);
     }
     {
         driven d;
-        CHECK(d.run(64, 0.0) == FATE_WORTH_STEPS - 1);
-        const int later = d.run(4000, 0.0);
-        CHECK(later > 0 && later < 120);
+        CHECK(d.run(64, 0.2) == FATE_WORTH_STEPS); // copies beside the steps cost more
+        const int later = d.run(8000, 0.0);
+        CHECK(later > 0 && later < 160);
         // it comes back when what is predicted turns right, after a rest at most
-        d.run(FATE_WORTH_MAX_REST + FATE_WORTH_STEPS, 1.0);
+        d.run((FATE_WORTH_MAX_REST + 2) * FATE_WORTH_STEPS, 1.0);
         CHECK(d.run(500, 1.0) == 500);
         // and begins anew with short rests
-        CHECK(d.run(200, 0.0) > 2 * FATE_WORTH_STEPS);
+        CHECK(d.run(200, 0.0) > FATE_WORTH_STEPS);
     }
     {
-        driven d; // copies take a hundredth of the steps
+        driven d; // half of two experts a step hide a tenth of it, of a quarter of one less than looking costs
+        CHECK(d.run(500, 1.0, 2) == 500);
+        CHECK(d.run(500, 0.6, 0.9) < 200);
+        driven cheap(FATE_WORTH_PLAN);
+        CHECK(cheap.run(500, 0.6, 0.9) == 500);
+    }
+    {
+        driven d; // copies take a hundredth of the steps: not even tried
         CHECK(d.run(FATE_WORTH_STEPS, 1.0, 0.1) == FATE_WORTH_STEPS);
         CHECK(d.run(1000, 1.0, 0.1) == 0);
         // once they take more it runs again, at once
@@ -54,15 +63,6 @@ int main() {
         CHECK(d.run(300, 1.0, 2, 1000 * NS_PER_STEP) == 300);
         d.worth.reset();
         CHECK(d.run(FATE_WORTH_STEPS, 1.0, 0.1) == FATE_WORTH_STEPS);
-    }
-    {
-        fate_worth worth;               // where it is not known how long a copy takes, it is not judged by that
-        CHECK(worth.begin(0, 0, 0, 1));
-        for (int i = 0; i < 200; ++i) { // what brings nothing costs nothing
-            CHECK(worth.begin(i / 20, 0, i / 20, (i + 2) * NS_PER_STEP));
-        }
-        worth.reset();
-        CHECK(worth.begin(0, 0, 0, 1));
     }
     return check_result("test-worth");
 }
