@@ -5,7 +5,7 @@
 #include "cuda_plan.cuh"
 #include "lookahead.h"
 
-static const int FATE_CHUNK = FATE_CUDA_THREADS / 32; // experts that a block scores at once, a warp each
+static const int FATE_CHUNK = 32; // experts that a block scores at once, a warp each as they come
 
 // One later layer as an earlier one sees it.
 struct fate_cuda_view {
@@ -95,44 +95,42 @@ static __device__ __forceinline__ void fate_tell(const fate_cuda_layer & target,
     }
 }
 
-// What is foretold in place of the gate's: the chance of the expert of this thread.
-static __device__ float fate_given_chance(const fate_cuda_layer & target, const fate_cuda_view & view, int at, float * chance) {
-    const int tid = threadIdx.x;
-    if (tid < target.n_experts) {
-        chance[tid] = 0.0f;
+// What is foretold in place of the gate's, of every expert.
+static __device__ void fate_given_chances(const fate_cuda_layer & target, const fate_cuda_view & view, int at, float * chance) {
+    const int n_threads = blockDim.x;
+    for (int32_t e = threadIdx.x; e < target.n_experts; e += n_threads) {
+        chance[e] = 0.0f;
     }
     __syncthreads();
-    if (tid < view.n_foretold) {
-        const int64_t from = (__ldcg(view.end) - 1) % view.n_tokens * view.stride + tid;
-        const int32_t id   = view.ids[from];
+    const int64_t row = (__ldcg(view.end) - 1) % view.n_tokens * view.stride;
+    for (int32_t i = threadIdx.x; i < view.n_foretold; i += n_threads) {
+        const int32_t id = view.ids[row + i];
         if (id >= 0 && id < target.n_experts) {
-            chance[id] = view.chances[from];
-            fate_tell(target, at, tid, id, view.chances[from]);
+            chance[id] = view.chances[row + i];
+            fate_tell(target, at, i, id, view.chances[row + i]);
         }
     }
     __syncthreads();
-    return tid < target.n_experts ? chance[tid] : 0.0f;
 }
 
-// By the rank of what the gate selects by.
-static __device__ float fate_gate_chance(const fate_cuda_layer & target, const fate_cuda_view & view, int at, float * selection) {
-    const int   tid  = threadIdx.x;
-    const float mine = tid < target.n_experts ? __ldcg(view.selection + tid) : 0.0f;
-    if (tid < target.n_experts) {
-        selection[tid] = mine;
+// By the rank of what the gate selects by, of every expert. selection: scratch.
+static __device__ void fate_gate_chances_of(const fate_cuda_layer & target, const fate_cuda_view & view, int at, float * selection,
+                                            float * chance) {
+    const int n_threads = blockDim.x;
+    for (int32_t e = threadIdx.x; e < target.n_experts; e += n_threads) {
+        selection[e] = __ldcg(view.selection + e);
     }
     __syncthreads();
-    float chance = 0.0f;
-    if (tid < target.n_experts) {
-        int32_t rank = 0;
+    for (int32_t e = threadIdx.x; e < target.n_experts; e += n_threads) {
+        const float mine = selection[e];
+        int32_t     rank = 0;
         for (int32_t other = 0; other < target.n_experts; ++other) {
-            rank += selection[other] > mine || (selection[other] == mine && other < tid);
+            rank += selection[other] > mine || (selection[other] == mine && other < e);
         }
-        chance = fate_rank_chance(rank, target.k);
-        fate_tell(target, at, rank, tid, chance);
+        chance[e] = fate_rank_chance(rank, target.k);
+        fate_tell(target, at, rank, e, chance[e]);
     }
     __syncthreads();
-    return chance;
 }
 
 // A block scores one chunk of a view; the last to come plans for the layer that is seen.
@@ -143,16 +141,18 @@ static __device__ void fate_score(const fate_cuda_layer * layers, fate_cuda_sigh
     if (view.gate.n_embd > 0) {
         extern __shared__ float s_input[];
         const int               n = view.gate.n_embd;
-        for (int i = tid; i < static_cast<int>(fate_input_bytes(n) / sizeof(float)); i += FATE_CUDA_THREADS) {
+        for (int i = tid; i < static_cast<int>(fate_input_bytes(n) / sizeof(float)); i += static_cast<int>(blockDim.x)) {
             const float x                = i < n ? __ldcg(sight.input + i) : 0.0f;
             s_input[fate_input_place(i)] = view.gate.ratio && i < n ? x * view.gate.ratio[i] : x;
         }
         __syncthreads();
-        const int32_t expert = static_cast<int32_t>(chunk) * FATE_CHUNK + tid / 32;
-        if (expert < view.gate.n_experts) {
-            const float sum = fate_gate_sum(view.gate, s_input, expert);
-            if (tid % 32 == 0) {
-                view.selection[expert] = fate_gate_selection(view.gate, expert, sum);
+        for (int i = tid / 32; i < FATE_CHUNK; i += static_cast<int>(blockDim.x) / 32) {
+            const int32_t expert = static_cast<int32_t>(chunk) * FATE_CHUNK + i;
+            if (expert < view.gate.n_experts) {
+                const float sum = fate_gate_sum(view.gate, s_input, expert);
+                if (tid % 32 == 0) {
+                    view.selection[expert] = fate_gate_selection(view.gate, expert, sum);
+                }
             }
         }
     }
@@ -169,8 +169,12 @@ static __device__ void fate_score(const fate_cuda_layer * layers, fate_cuda_sigh
         return;
     }
     const fate_cuda_layer & target = layers[view.target];
-    const float chance = view.ids ? fate_given_chance(target, view, at, s.chance) : fate_gate_chance(target, view, at, s.chance);
-    fate_plan_layer(target, chance, view.distance, threshold, wanted, s);
+    if (view.ids) {
+        fate_given_chances(target, view, at, s.chance);
+    } else {
+        fate_gate_chances_of(target, view, at, reinterpret_cast<float *>(s.rank), s.chance);
+    }
+    fate_plan_layer(target, view.distance, threshold, wanted, s);
 }
 
 // Where steps wait for what is prefetched: one block a chunk of each view, behind the op that showed its input.

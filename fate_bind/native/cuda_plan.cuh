@@ -80,15 +80,13 @@ static __device__ int32_t fate_open_plan(fate_cuda_plan & plan, int32_t distance
     return fate_n_entries(state);
 }
 
-// A block plans for one layer, whose op may come any time. chance: of the expert of this thread. distance: of the layer that tells, 0: the token itself did.
-// What an earlier plan has is kept, but what a layer that tells more does not hold with is cancelled unless it was begun or is awaited.
-static __device__ void fate_plan_layer(const fate_cuda_layer & layer, float chance, int32_t distance, float threshold, int32_t wanted,
+// A block plans for one layer, whose op may come any time; all threads call it. s.chance[n_experts]: written, maybe by others. distance: of the layer that tells,
+// 0: the token itself did. What an earlier plan has is kept, but what a layer that tells more does not hold with is cancelled unless it was begun or is awaited.
+static __device__ void fate_plan_layer(const fate_cuda_layer & layer, int32_t distance, float threshold, int32_t wanted,
                                        fate_cuda_planning & s) {
-    fate_cuda_plan & plan = *layer.plan;
-    const int32_t    tid  = static_cast<int32_t>(threadIdx.x);
-    if (tid < layer.n_experts) {
-        s.chance[tid] = chance;
-    }
+    fate_cuda_plan & plan      = *layer.plan;
+    const int32_t    tid       = static_cast<int32_t>(threadIdx.x);
+    const int32_t    n_threads = static_cast<int32_t>(blockDim.x);
     if (tid == 0) {
         s.n_before = fate_open_plan(plan, distance);
     }
@@ -115,58 +113,64 @@ static __device__ void fate_plan_layer(const fate_cuda_layer & layer, float chan
     const int32_t room   = fate_prefetch_most(wanted, layer.n_slots, layer.k) - n_live;
     const int32_t most   = min(room, FATE_PREFETCH_MAX - n_before);
 
-    // the tables as they will be
-    bool    comes = tid < layer.n_experts && layer.slot_of[tid] < 0;
-    int32_t held  = tid < layer.n_slots ? layer.expert_of[tid] : 0;
-    bool    goes  = tid < layer.n_slots;
-    for (int i = 0; i < n_before; ++i) {
-        if (!s.is_live[i]) {
-            continue;
+    // the tables as they will be; slots are fewer than experts
+    int32_t n_come = 0;
+    int32_t n_go   = 0;
+    for (int32_t first = 0; first < layer.n_experts; first += n_threads) {
+        const int32_t at    = first + tid; // an expert, and a slot
+        bool          comes = at < layer.n_experts && layer.slot_of[at] < 0 && s.chance[at] >= threshold;
+        bool          goes  = at < layer.n_slots;
+        const int32_t held  = goes ? layer.expert_of[at] : 0;
+        for (int i = 0; i < n_before; ++i) {
+            if (!s.is_live[i]) {
+                continue;
+            }
+            if (s.entries[i].victim == at) {
+                comes = s.is_sure[i] && s.chance[at] >= threshold;
+            } else if (s.entries[i].expert == at) {
+                comes = false;
+            }
+            goes = goes && s.entries[i].slot != at;
         }
-        if (s.entries[i].victim == tid) {
-            comes = s.is_sure[i];
-        } else if (s.entries[i].expert == tid) {
-            comes = false;
+        if (goes && held >= 0) {
+            fate_table table;
+            table.last_use     = layer.last_use;
+            table.score        = layer.score;
+            table.bonus        = layer.head->bonus;
+            table.published_at = layer.head->published_at;
+            s.rank[at]         = fate_rule_rank(table, held);
+            goes               = s.chance[held] < threshold;
         }
-        goes = goes && s.entries[i].slot != tid;
-    }
-    comes = comes && tid < layer.n_experts && chance >= threshold;
-    if (tid < layer.n_experts) {
-        s.comes[tid] = comes;
-    }
-    if (goes && held >= 0) {
-        fate_table table;
-        table.last_use     = layer.last_use;
-        table.score        = layer.score;
-        table.bonus        = layer.head->bonus;
-        table.published_at = layer.head->published_at;
-        s.rank[tid]        = fate_rule_rank(table, held);
-        goes               = s.chance[held] < threshold;
-    }
-    if (tid < layer.n_slots) {
-        s.goes[tid] = goes ? (held < 0 ? 1 : 2) : 0;
-    }
-    const int32_t n_come = __syncthreads_count(comes);
-    const int32_t n_go   = __syncthreads_count(goes);
-    if (comes) {
-        int32_t before = 0;
-        for (int32_t e = 0; e < layer.n_experts; ++e) {
-            before += s.comes[e] && fate_prefetch_before(s.chance[e], e, chance, tid);
+        if (at < layer.n_experts) {
+            s.comes[at] = comes;
+            s.goes[at]  = goes ? (held < 0 ? 1 : 2) : 0;
         }
-        if (before < most) {
-            s.expert[before] = tid;
-        }
+        n_come += __syncthreads_count(comes);
+        n_go += __syncthreads_count(goes);
     }
-    if (goes && n_come > 0) {
-        int32_t before = 0;
-        for (int32_t slot = 0; slot < layer.n_slots; ++slot) {
-            const bool is_free = s.goes[slot] == 1;
-            if (s.goes[slot] && slot != tid) {
-                before += held < 0 ? is_free && slot < tid : is_free || fate_rule_before(s.rank[slot], s.rank[tid]);
+    for (int32_t at = tid; at < layer.n_experts; at += n_threads) {
+        if (s.comes[at]) {
+            int32_t before = 0;
+            for (int32_t e = 0; e < layer.n_experts; ++e) {
+                before += s.comes[e] && fate_prefetch_before(s.chance[e], e, s.chance[at], at);
+            }
+            if (before < most) {
+                s.expert[before] = at;
             }
         }
-        if (before < most) {
-            s.slot[before] = tid;
+    }
+    for (int32_t at = tid; at < layer.n_slots && n_come > 0; at += n_threads) {
+        if (s.goes[at]) {
+            int32_t before = 0;
+            for (int32_t slot = 0; slot < layer.n_slots; ++slot) {
+                const bool is_free = s.goes[slot] == 1;
+                if (s.goes[slot] && slot != at) {
+                    before += s.goes[at] == 1 ? is_free && slot < at : is_free || fate_rule_before(s.rank[slot], s.rank[at]);
+                }
+            }
+            if (before < most) {
+                s.slot[before] = at;
+            }
         }
     }
     __syncthreads();

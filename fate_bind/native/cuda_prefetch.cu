@@ -143,7 +143,7 @@ void fate_cuda_prefetch::see(const std::vector<fate_device_layer> & layers) {
     }
     fate_cuda_upload(sights_.data, views_.data(), n_layers_ * sizeof(fate_cuda_sight));
     n_input_ = fate_input_bytes(max_embd_);
-    for (const void * kernel : { reinterpret_cast<const void *>(fate_fetch), reinterpret_cast<const void *>(fate_look_on) }) {
+    for (const void * kernel : { reinterpret_cast<const void *>(fate_fetch<true>), reinterpret_cast<const void *>(fate_look_on) }) {
         cudaFuncAttributes now;
         FATE_CUDA(cudaFuncGetAttributes(&now, kernel));
         if (now.maxDynamicSharedSizeBytes < static_cast<int>(n_input_)) { // another engine may need more
@@ -224,8 +224,11 @@ void fate_cuda_prefetch::look_on(const fate_cuda_layer * layers, size_t from, cu
 }
 
 void fate_cuda_prefetch::fetch(const fate_cuda_layer * layers, bool stays, cudaStream_t stream) {
-    fate_fetch<<<n_blocks_, FATE_CUDA_THREADS, stays ? n_input_ : 0, stream>>>(layers, static_cast<int32_t>(n_layers_), threshold_, wanted_,
-                                                                               stays);
+    if (stays) {
+        fate_fetch<true><<<n_blocks_, FATE_CUDA_THREADS, n_input_, stream>>>(layers, static_cast<int32_t>(n_layers_), threshold_, wanted_);
+    } else {
+        fate_fetch<false><<<n_blocks_, FATE_BESIDE_THREADS, 0, stream>>>(layers, static_cast<int32_t>(n_layers_), threshold_, wanted_);
+    }
     FATE_CUDA(cudaGetLastError());
 }
 
@@ -258,7 +261,7 @@ void fate_cuda_prefetch::launch(const fate_cuda_layer * layers, const int32_t * 
     if (!waits_) {
         FATE_CUDA(cudaStreamWaitEvent(on, settled_.handle, 0));
     }
-    fate_plan<<<static_cast<unsigned>(n_layers_), FATE_CUDA_THREADS, 0, on>>>(
+    fate_plan<<<static_cast<unsigned>(n_layers_), FATE_BESIDE_THREADS, 0, on>>>(
         layers, index, reinterpret_cast<float *>(chances_[which].data), stride, threshold_, wanted_);
     FATE_CUDA(cudaGetLastError());
     FATE_CUDA(cudaEventRecord(is_planned_[which].handle, on));

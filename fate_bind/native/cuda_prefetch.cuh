@@ -12,7 +12,8 @@ static const uint32_t FATE_PIECE_UNITS = 4096;     // 64 KiB where units are wid
 static const uint64_t FATE_IDLE_NS     = 20000000; // without anything to do, after which whoever copies leaves
 static const uint32_t FATE_PAUSE_NS    = 200;
 
-static_assert(FATE_PIECE_UNITS == 4 * FATE_CUDA_THREADS, "a thread copies four units of a piece");
+static_assert(FATE_PIECE_UNITS % FATE_CUDA_THREADS == 0 && FATE_PIECE_UNITS % FATE_BESIDE_THREADS == 0,
+              "every thread copies as many units");
 
 // What an op knows of the plan; shared memory.
 struct fate_cuda_ahead {
@@ -30,8 +31,8 @@ static __host__ __device__ inline uint32_t fate_n_pieces(const fate_cuda_tensor 
     return (tensor.n_units + FATE_CUDA_LINE_UNITS - 1 + FATE_PIECE_UNITS - 1) / FATE_PIECE_UNITS;
 }
 
-// A block copies one piece of an expert into its slot.
-static __device__ void fate_copy_piece(const fate_cuda_layer & layer, const fate_prefetch & entry, uint32_t piece) {
+// A block of so many threads copies one piece of an expert into its slot.
+template <int THREADS> static __device__ void fate_copy_piece(const fate_cuda_layer & layer, const fate_prefetch & entry, uint32_t piece) {
     int t = 0;
     for (; t < layer.n_tensors - 1; ++t) {
         const uint32_t n = fate_n_pieces(layer.tensors[t]);
@@ -45,9 +46,11 @@ static __device__ void fate_copy_piece(const fate_cuda_layer & layer, const fate
     char *                   to     = tensor.slots + entry.slot * tensor.expert_bytes;
     const bool               wide   = tensor.width == 16;
     const uint32_t           first  = piece * FATE_PIECE_UNITS + threadIdx.x - (wide ? fate_lead(from) : 0);
+    const int                n_each = FATE_PIECE_UNITS / THREADS;
+    const int                n_load = n_each < 8 ? n_each : 8; // in flight at once
 #if defined(FATE_LATE_FILLS)
-    for (int i = 0; i < 4; ++i) {
-        const uint32_t unit = first + i * FATE_CUDA_THREADS;
+    for (int i = 0; i < n_each; ++i) {
+        const uint32_t unit = first + i * THREADS;
         for (uint32_t b = 0; unit < tensor.n_units && b < tensor.width; ++b) {
             to[static_cast<uint64_t>(unit) * tensor.width + b] = static_cast<char>(0xff);
         }
@@ -57,26 +60,25 @@ static __device__ void fate_copy_piece(const fate_cuda_layer & layer, const fate
         __nanosleep(20000);
     }
 #endif
-    if (wide) {
-        uint4 data[4];
+    for (int done = 0; wide && done < n_each; done += n_load) {
+        uint4 data[n_load];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const uint32_t unit = first + i * FATE_CUDA_THREADS;
+        for (int i = 0; i < n_load; ++i) {
+            const uint32_t unit = first + (done + i) * THREADS;
             if (unit < tensor.n_units) {
                 data[i] = __ldcs(reinterpret_cast<const uint4 *>(from) + unit);
             }
         }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const uint32_t unit = first + i * FATE_CUDA_THREADS;
+        for (int i = 0; i < n_load; ++i) {
+            const uint32_t unit = first + (done + i) * THREADS;
             if (unit < tensor.n_units) {
                 reinterpret_cast<uint4 *>(to)[unit] = data[i];
             }
         }
-        return;
     }
-    for (int i = 0; i < 4; ++i) {
-        const uint32_t unit = first + i * FATE_CUDA_THREADS;
+    for (int i = 0; !wide && i < n_each; ++i) {
+        const uint32_t unit = first + i * THREADS;
         if (unit < tensor.n_units && tensor.width == 4) {
             reinterpret_cast<uint32_t *>(to)[unit] = reinterpret_cast<const uint32_t *>(from)[unit];
         } else if (unit < tensor.n_units) {
@@ -99,7 +101,7 @@ static __device__ int64_t fate_bytes_of(const fate_cuda_layer & layer, uint32_t 
 
 // Copies what nobody has claimed of an entry. YIELDS: demand misses go first, and it leaves when something else is to be done. All threads of the block call
 // it; scratch: shared.
-template <bool YIELDS>
+template <bool YIELDS, int THREADS>
 static __device__ void fate_copy_unclaimed(const fate_cuda_layer & layer, const fate_prefetch & entry, int at, uint32_t n_posts,
                                            uint32_t & scratch) {
     while (true) {
@@ -125,7 +127,7 @@ static __device__ void fate_copy_unclaimed(const fate_cuda_layer & layer, const 
             while (static_cast<float>(fate_now_ns() - began) < ns) {
             }
         }
-        fate_copy_piece(layer, entry, piece);
+        fate_copy_piece<THREADS>(layer, entry, piece);
         __syncthreads();
         if (threadIdx.x == 0) {
             __threadfence();
@@ -150,15 +152,18 @@ static __device__ __forceinline__ bool fate_end_waiting(const fate_cuda_layer & 
 //
 
 // One block a layer. chances[..][stride] in mapped host memory, by index.
-static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_plan(const fate_cuda_layer * layers, const int32_t * index,
-                                                                      const float * chances, int32_t stride, float threshold,
-                                                                      int32_t wanted) {
+static __global__ void __launch_bounds__(FATE_BESIDE_THREADS) fate_plan(const fate_cuda_layer * layers, const int32_t * index,
+                                                                        const float * chances, int32_t stride, float threshold,
+                                                                        int32_t wanted) {
     __shared__ fate_cuda_planning s;
     const fate_cuda_layer &       layer = layers[blockIdx.x];
-    const int32_t                 tid   = static_cast<int32_t>(threadIdx.x);
-    // from the host before the gate is held, for which the layer's op would wait
-    const float chance                  = tid < layer.n_experts ? chances[static_cast<int64_t>(index[blockIdx.x]) * stride + tid] : 0.0f;
-    fate_plan_layer(layer, chance, 0, threshold, wanted, s);
+    const float *                 row   = chances + static_cast<int64_t>(index[blockIdx.x]) * stride;
+    for (int32_t e = threadIdx.x; e < layer.n_experts;
+         e += blockDim.x) { // from the host before the gate is held, for which the layer's op would wait
+        s.chance[e] = row[e];
+    }
+    __syncthreads();
+    fate_plan_layer(layer, 0, threshold, wanted, s);
 }
 
 // What a block that copies finds to do; shared memory.
@@ -181,7 +186,7 @@ static __device__ void fate_find_chores(const fate_cuda_layer * layers, int32_t 
         __threadfence();
     }
     __syncthreads();
-    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < n_layers; i += FATE_CUDA_THREADS) {
+    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < n_layers; i += static_cast<int32_t>(blockDim.x)) {
         const fate_cuda_plan & plan    = *layers[i].plan;
         const uint32_t         state   = fate_look(plan.state);
         const bool             is_open = !(state & FATE_PLAN_CLOSED);
@@ -209,37 +214,47 @@ static __device__ void fate_find_chores(const fate_cuda_layer * layers, int32_t 
     __syncthreads();
 }
 
-// Copies what is planned, in the order of the layers. stays: also scores what ops show, until the last op has come.
-static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_fetch(const fate_cuda_layer * layers, int32_t n_layers, float threshold,
-                                                                       int32_t wanted, bool stays) {
+// A block scores a chunk of the last layer that waits for it, of the nearest layer that it tells of.
+static __device__ void fate_score_one(const fate_cuda_layer * layers, float threshold, int32_t wanted, fate_cuda_chores & found) {
     __shared__ fate_cuda_planning s_planning;
-    __shared__ fate_cuda_chores   s_found;
-    __shared__ uint32_t           s_scratch;
-    __shared__ fate_prefetch      s_entry;
-    uint64_t                      busy_at = fate_now_ns(); // thread 0
-    int32_t                       open    = -1;
+    fate_cuda_sight &             sight = *layers[found.scores].sight;
+    if (threadIdx.x == 0) {
+        found.view = -1;
+        for (int v = 0; v < FATE_LOOKAHEAD_LAYERS && found.view < 0; ++v) { // the nearest layer first
+            const uint32_t n = fate_n_chunks(sight.views[v]);
+            if (fate_look(sight.views[v].claimed) < n && (found.chunk = atomicAdd(&sight.views[v].claimed, 1)) < n) {
+                found.view = v;
+            }
+        }
+        __threadfence(); // of what is shown the input is there
+    }
+    __syncthreads();
+    if (found.view >= 0) {
+        fate_score(layers, sight, found.view, found.chunk, threshold, wanted, s_planning);
+    }
+}
+
+// Copies what is planned, in the order of the layers. STAYS: also scores what ops show, until the last op has come, which wants more threads.
+template <bool STAYS>
+static __global__ void __launch_bounds__(STAYS ? FATE_CUDA_THREADS : FATE_BESIDE_THREADS) fate_fetch(const fate_cuda_layer * layers,
+                                                                                                     int32_t n_layers, float threshold,
+                                                                                                     int32_t wanted) {
+    const int                   n_threads = STAYS ? FATE_CUDA_THREADS : FATE_BESIDE_THREADS;
+    __shared__ fate_cuda_chores s_found;
+    __shared__ uint32_t         s_scratch;
+    __shared__ fate_prefetch    s_entry;
+    uint64_t                    busy_at = fate_now_ns(); // thread 0
+    int32_t                     open    = -1;
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         fate_mark(layers[0], FATE_TIME_WATCHED);
     }
     while (true) {
         fate_find_chores(layers, n_layers, s_found);
-        if (s_found.scores >= 0) {
-            fate_cuda_sight & sight = *layers[s_found.scores].sight;
-            if (threadIdx.x == 0) {
-                s_found.view = -1;
-                for (int v = 0; v < FATE_LOOKAHEAD_LAYERS && s_found.view < 0; ++v) { // the nearest layer first
-                    const uint32_t n = fate_n_chunks(sight.views[v]);
-                    if (fate_look(sight.views[v].claimed) < n && (s_found.chunk = atomicAdd(&sight.views[v].claimed, 1)) < n) {
-                        s_found.view = v;
-                    }
-                }
-                __threadfence(); // of what is shown the input is there
+        if constexpr (STAYS) {
+            if (s_found.scores >= 0) {
+                fate_score_one(layers, threshold, wanted, s_found);
+                continue;
             }
-            __syncthreads();
-            if (s_found.view >= 0) {
-                fate_score(layers, sight, s_found.view, s_found.chunk, threshold, wanted, s_planning);
-            }
-            continue;
         }
         const int32_t at_layer = s_found.copies != INT_MAX ? s_found.copies : s_found.rests;
         if (at_layer != INT_MAX) {
@@ -254,7 +269,7 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_fetch(const fat
                 if (threadIdx.x == 0) {
                     s_entry = fate_entry(*layer.plan, at);
                 }
-                fate_copy_unclaimed<true>(layer, s_entry, at, s_found.n_posts, s_scratch);
+                fate_copy_unclaimed<true, n_threads>(layer, s_entry, at, s_found.n_posts, s_scratch);
             }
             busy_at = fate_now_ns();
             continue;
@@ -262,7 +277,7 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_fetch(const fat
         if (threadIdx.x == 0) {
             busy_at         = open != s_found.open ? fate_now_ns() : busy_at;
             open            = s_found.open;
-            s_found.is_over = !stays || open == INT_MAX || fate_now_ns() - busy_at > FATE_IDLE_NS;
+            s_found.is_over = !STAYS || open == INT_MAX || fate_now_ns() - busy_at > FATE_IDLE_NS;
             __nanosleep(FATE_PAUSE_NS);
         }
         __syncthreads();
@@ -423,7 +438,7 @@ static __device__ bool fate_is_quiet(const fate_cuda_layer & layer, fate_cuda_ah
 static __device__ void fate_copy_open(const fate_cuda_layer & layer, fate_cuda_ahead & ahead) {
     for (int at = 0; at < ahead.n; ++at) {
         if (ahead.is_open[at]) {
-            fate_copy_unclaimed<false>(layer, ahead.entries[at], at, 0, ahead.piece);
+            fate_copy_unclaimed<false, FATE_CUDA_THREADS>(layer, ahead.entries[at], at, 0, ahead.piece);
         }
     }
 }

@@ -199,8 +199,8 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
         fate_settle<<<1, 32, 0, main>>>(layers_there, s.n_layers, looks);
         FATE_CUDA(cudaStreamSynchronize(main));
         const auto fetch = [&] {
-            fate_fetch<<<FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, fate_input_bytes(s.n_embd), side>>>(layers_there, s.n_layers, THRESHOLD,
-                                                                                                       WANTED, true);
+            fate_fetch<true><<<FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, fate_input_bytes(s.n_embd), side>>>(layers_there, s.n_layers,
+                                                                                                             THRESHOLD, WANTED);
             FATE_CUDA(cudaGetLastError());
         };
         for (int32_t e = 0; e < s.n_experts; ++e) {
@@ -221,7 +221,7 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
             call.record_hits    = hit[l];
             call.input          = input[l];
             if (l == plans_at) {
-                fate_plan<<<s.n_layers, FATE_CUDA_THREADS, 0, planner>>>(layers_there, index, start, s.n_experts, THRESHOLD, WANTED);
+                fate_plan<<<s.n_layers, FATE_BESIDE_THREADS, 0, planner>>>(layers_there, index, start, s.n_experts, THRESHOLD, WANTED);
             }
             fate_cuda_launch(fate_bring<false, false, false, true>, FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, fate_bring_bytes(s.n_experts),
                              main, how == RUSHED, layers[l], call);

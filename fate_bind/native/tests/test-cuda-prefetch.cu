@@ -21,11 +21,14 @@ static int64_t seen[N_ORDERS][FATE_N_COUNTERS];
 
 static const int N_PLANS = 3;
 
-static __global__ void __launch_bounds__(FATE_CUDA_THREADS) plan_once(const fate_cuda_layer * layers, const float * chances,
-                                                                      int32_t distance, float threshold, int32_t wanted) {
+static __global__ void __launch_bounds__(FATE_BESIDE_THREADS) plan_once(const fate_cuda_layer * layers, const float * chances,
+                                                                        int32_t distance, float threshold, int32_t wanted) {
     __shared__ fate_cuda_planning s;
-    const int                     tid = threadIdx.x;
-    fate_plan_layer(layers[0], tid < layers[0].n_experts ? chances[tid] : 0.0f, distance, threshold, wanted, s);
+    for (int32_t e = threadIdx.x; e < layers[0].n_experts; e += blockDim.x) {
+        s.chance[e] = chances[e];
+    }
+    __syncthreads();
+    fate_plan_layer(layers[0], distance, threshold, wanted, s);
 }
 
 static void run(const shape & s, order how, int n_steps, uint32_t seed) {
@@ -121,10 +124,10 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
         call.record_hits    = hit;
         const auto prefetch = [&](cudaStream_t stream) {
             for (int plan = 0; plan < n_plans; ++plan) {
-                plan_once<<<1, FATE_CUDA_THREADS, 0, stream>>>(layers, chances + plan * s.n_experts, plan == 0 ? 0 : N_PLANS - plan,
-                                                               THRESHOLD, WANTED);
+                plan_once<<<1, FATE_BESIDE_THREADS, 0, stream>>>(layers, chances + plan * s.n_experts, plan == 0 ? 0 : N_PLANS - plan,
+                                                                 THRESHOLD, WANTED);
                 if (plan + 1 == n_plans || random() % 2) {
-                    fate_fetch<<<FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, 0, stream>>>(layers, 1, THRESHOLD, WANTED, false);
+                    fate_fetch<false><<<FATE_CUDA_FILL_BLOCKS, FATE_BESIDE_THREADS, 0, stream>>>(layers, 1, THRESHOLD, WANTED);
                 }
             }
             FATE_CUDA(cudaGetLastError());
