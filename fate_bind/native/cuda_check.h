@@ -3,7 +3,7 @@
 
 #include "status.h"
 
-#include <cuda_runtime.h>
+#include "cuda_api.h"
 
 inline void fate_cuda_check(cudaError_t error, const char * what) {
     if (error != cudaSuccess) {

@@ -64,18 +64,27 @@ struct pinned_buffer {
 };
 
 // Whether a kernel may be launched into upstream's chain of programmatic dependent launches: it must wait for what runs before by itself.
-inline bool fate_cuda_chains(int ordinal, const void * kernel) {
+inline bool fate_cuda_chains([[maybe_unused]] int ordinal, [[maybe_unused]] const void * kernel) {
+#if defined(__HIP__)
+    return false;
+#else
     int major = 0;
     FATE_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal));
     cudaFuncAttributes attributes;
     FATE_CUDA(cudaFuncGetAttributes(&attributes, kernel));
     const char * pdl = getenv("GGML_CUDA_PDL"); // upstream's switch
     return major >= 9 && attributes.ptxVersion >= 90 && (!pdl || atoi(pdl) != 0);
+#endif
 }
 
 template <typename... Params, typename... Args>
 void fate_cuda_launch(void (*kernel)(Params...), int n_blocks, int n_threads, size_t shared, cudaStream_t stream, bool chained,
                       Args &&... args) {
+#if defined(__HIP__)
+    (void) chained;
+    kernel<<<static_cast<unsigned>(n_blocks), static_cast<unsigned>(n_threads), shared, stream>>>(static_cast<Params>(args)...);
+    FATE_CUDA(cudaGetLastError());
+#else
     cudaLaunchAttribute attribute;
     attribute.id                                         = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -87,4 +96,5 @@ void fate_cuda_launch(void (*kernel)(Params...), int n_blocks, int n_threads, si
     config.attrs                                         = &attribute;
     config.numAttrs                                      = chained ? 1 : 0;
     FATE_CUDA(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
+#endif
 }

@@ -6,7 +6,7 @@
 #include "ring.h"
 #include "rule.h"
 
-#include <cuda_runtime.h>
+#include "cuda_api.h"
 
 static const int FATE_CUDA_THREADS     = 1024;
 static const int FATE_CUDA_MAX_EXPERTS = FATE_MAILBOX_EXPERTS; // also bounds the pairs of a pool op: tokens x k <= slots < experts
@@ -115,8 +115,8 @@ static __device__ __forceinline__ void fate_pdl_wait() {
 }
 
 static __device__ __forceinline__ uint64_t fate_now_ns() {
-#if defined(__HIP_PLATFORM_AMD__)
-    return wall_clock64() * 10; // 100 MHz
+#if defined(__HIP__)
+    return fate_hip_clock() * 10;
 #else
     uint64_t now;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));

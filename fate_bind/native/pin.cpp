@@ -35,7 +35,7 @@ static bool is_locked(const void * p, const char ** device) {
         return false;
     }
     *device = static_cast<const char *>(attributes.devicePointer);
-    return attributes.type == cudaMemoryTypeHost && attributes.devicePointer;
+    return attributes.FATE_MEMORY_TYPE == cudaMemoryTypeHost && attributes.devicePointer;
 }
 
 static void lock(const char * begin, size_t size) {
