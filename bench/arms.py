@@ -123,7 +123,14 @@ def job(arm: Arm, shape: Shape, settings: dict[str, Any], place: dict[str, Any])
     if settings.get("kv"):
         flags += ["-fa", "on", "-ctk", settings["kv"], "-ctv", settings["kv"]]
     flags += settings.get("extra", [])
-    made: dict[str, Any] = {"env": {}, "policy": "lru", "slots": None, "mode": "off", "place": False}
+    made: dict[str, Any] = {
+        "env": {},
+        "policy": "lru",
+        "slots": None,
+        "mode": "off",
+        "place": False,
+        "prefetch": "off",
+    }
     threads = arm.options.get("t") or settings.get("threads") or (os.cpu_count() or 1)
     load = arm.options.get("load") or settings.get("load") or "mmap"
     if arm.is_vanilla:

@@ -110,11 +110,10 @@ class Engine:
         config = self.host.config
         if config.mode != "table" or config.sync or config.refresh_tokens > 1:
             return
-        ffi, lib = library.load()
         model = policy.linear()
         self._linear = None if model is None else CModel(model)
-        pointer = ffi.NULL if self._linear is None else self._linear.pointer
-        library.check(lib.fate_engine_set_linear(self.pointer, pointer))
+        if self._linear is not None:
+            library.check(library.load().lib.fate_engine_set_linear(self.pointer, self._linear.pointer))
 
     @property
     def is_linear(self) -> bool:
@@ -240,12 +239,13 @@ class Engine:
                 policy_seconds=self._seconds,
                 seconds=int(info.busy_us) / 1e6,
                 record=self._record_name(),
+                policy_file=config.params.get("model"),
                 policy_error=self._policy_error or ("wrong victims" if info.policy_failed else None),
             )
 
     def _no_prefetch(self, info: Any) -> str:
         """Say why nothing was prefetched although that was asked for; "" if it could be."""
-        if not (self.host.prefetches and info.engaged and info.steps):
+        if not (self.host.prefetches and info.engaged and info.steps) or self.host.config.chose_prefetch:
             return ""
         if info.bounced and library.text(library.load().ffi, info.bounced):
             return "experts come through the ring of pinned memory, which has no part in it: see bounced"

@@ -53,7 +53,7 @@ class Host:
         times: bool = False,
         stage_all: bool = False,
     ) -> None:
-        self.config = config
+        self.config = config = config.settled()
         self.record = record
         self.require = require
         self.throttle_gbps = throttle_gbps

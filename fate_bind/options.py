@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from fate_bind.errors import UsageError
+from fate_policy.config import AUTO
 
 _Number = TypeVar("_Number", int, float)
 
 _FLAGS = {
-    "policy": ("NAME|FILE.yaml|module:Class", "who decides which experts stay (default: lru)"),
+    "policy": (
+        "NAME|FILE.yaml|module:Class",
+        "who decides which experts stay (default: auto: lru, or what was fitted)",
+    ),
     "slots": (
         "N|N%|SIZE|N,N,...|auto",
         "slots per layer: 8, 25%, 4GiB in all, a list (default: auto, what fits)",
@@ -24,8 +28,8 @@ _FLAGS = {
     "mode": ("table|callback|off", "scores between tokens, Python at every miss, no pool (default: table)"),
     "sync": (None, "scores act from the very next step; the model waits for the policy"),
     "prefetch": (
-        "off|token|layer|both",
-        "bring in what the policy predicts, what the next layers' routers tell, or both (default: off)",
+        "off|token|layer|both|auto",
+        "bring in what the policy predicts, what the next layers' routers tell, or both (default: auto)",
     ),
     "prefetch-threshold": ("CHANCE", "of experts at least so likely, above 0, up to 1 (default: 0.5)"),
     "prefetch-experts": ("N", "at most N of a layer and token, 1 to 16 (default: 8)"),
@@ -39,7 +43,7 @@ _FLAGS = {
 class Options:
     """What the flags said; None where they said nothing, so that a YAML file decides."""
 
-    policy: str = "lru"
+    policy: str = AUTO
     slots: str | None = None
     vram: str | None = None
     vram_margin: str | None = None
@@ -94,7 +98,7 @@ def _checked(given: dict[str, str]) -> Options:
     if record is not None and record.suffix != ".npz":
         raise UsageError(f"--fate-record {record}: expected a name that ends in .npz")
     return Options(
-        policy=given.get("policy", "lru"),
+        policy=given.get("policy", AUTO),
         slots=given.get("slots"),
         vram=given.get("vram"),
         vram_margin=given.get("vram-margin"),

@@ -25,7 +25,7 @@ from fate_bind.errors import EngineError, PolicyConfigError
 from fate_bind.host import Host
 from fate_bind.stats import Report, as_dict, not_engaged
 from fate_policy.base import Policy
-from fate_policy.config import Config, load
+from fate_policy.config import AUTO, Config, load
 from fate_policy.counters import Counters
 from fate_policy.driver import policy_name
 from fate_policy.trace import Trace
@@ -35,7 +35,7 @@ Choice = str | Path | Config | Policy
 
 
 def resolve_config(
-    policy: Choice = "lru",
+    policy: Choice = AUTO,
     slots: Any = None,
     mode: str | None = None,
     sync: bool | None = None,
@@ -57,24 +57,32 @@ def resolve_config(
     given |= {"prefetch_threshold": prefetch_threshold, "prefetch_experts": prefetch_experts}
     overrides = {key: value for key, value in given.items() if value is not None}
     if isinstance(policy, Policy):
-        return replace(load("lru", overrides), policy=policy_name(policy)), policy
+        return replace(load("lru", overrides), policy=policy_name(policy)).settled(), policy
     if isinstance(policy, Config):
         checked = load("lru", overrides)
+        if policy.chose_prefetch:  # it may be another with what is given
+            policy = replace(policy, prefetch=AUTO, chose_prefetch=False)
         return replace(policy, **{key: getattr(checked, key) for key in overrides}), None
     return load(policy, overrides), None
 
 
 def with_trained(config: Config, model: Path | None) -> Config:
-    """Have a classifier that names no file take the one beside the model: NAME.fate.npz of NAME.gguf."""
+    """Decide what `auto` leaves open, and find the classifier's file where none is named.
+
+    It is beside the model: NAME.fate.npz of NAME.gguf.
+    """
+    if config.policy == AUTO and model is not None:
+        path = model.with_suffix(".fate.npz")
+        return config.settled(path if path.exists() else None)
     if config.policy != "classifier" or config.params.get("model") is not None or model is None:
-        return config
+        return config.settled()
     path = modelfile.check(model).with_suffix(".fate.npz")
     if not path.exists():
         raise PolicyConfigError(
             f"classifier: no file is named, and {path} does not exist; fit it with `fate train TRACE.npz "
             f"--test OTHER.npz --output {path}`, or name another under classifier: model:"
         )
-    return replace(config, params={**config.params, "model": str(path)})
+    return replace(config, params={**config.params, "model": str(path)}).settled()
 
 
 class _Model:
@@ -140,7 +148,7 @@ class Session:
         model: str | Path | None = None,
         args: Sequence[str] = (),
         *,
-        policy: Choice = "lru",
+        policy: Choice = AUTO,
         slots: Any = None,
         mode: str | None = None,
         sync: bool | None = None,
@@ -229,7 +237,7 @@ class Session:
             return self.fork_with(None)
         given = None
         if policy is None:
-            policy = self._host.config if self._host is not None else "lru"
+            policy = self._host.config if self._host is not None else AUTO
             given = self._host.given_copy() if self._host is not None else None
         config, instance = resolve_config(
             policy, slots, mode, sync, vram, None, prefetch, prefetch_threshold, prefetch_experts

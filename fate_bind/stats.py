@@ -38,6 +38,7 @@ class Report:
     timeouts: int = 0
     ask_seconds: float = 0.0
     no_prefetch: str = ""
+    policy_file: str | None = None
 
     @property
     def n_layers_engaged(self) -> int:
@@ -87,6 +88,7 @@ def _add(one: Report, two: Report) -> Report:
         timeouts=one.timeouts + two.timeouts,
         ask_seconds=one.ask_seconds + two.ask_seconds,
         no_prefetch=one.no_prefetch or two.no_prefetch,
+        policy_file=one.policy_file,
     )
 
 
@@ -95,6 +97,7 @@ def as_dict(report: Report) -> dict[str, Any]:
 
     engaged : whether any layer ran through a pool;  reason : why not, or not in all layers; "" otherwise
     policy, mode : as configured;  policy_error : why the policy was given up for LRU, or null
+    policy_file : of the fitted model that decides, or null
     bounced : why a GPU gets experts through a ring of pinned memory, which is slower; "" otherwise
     no_prefetch : why nothing was prefetched although that is configured; "" otherwise
     layers, layers_engaged : mixture-of-experts layers of the model, and those with a pool
@@ -121,6 +124,7 @@ def as_dict(report: Report) -> dict[str, Any]:
         "reason": report.reason,
         "model": report.model,
         "policy": report.policy,
+        "policy_file": report.policy_file,
         "mode": report.mode,
         "policy_error": report.policy_error,
         "bounced": report.bounced,
@@ -155,7 +159,8 @@ def write(document: dict[str, Any], path: Path | None) -> None:
 def summary(report: Report) -> str:
     """Return the lines that a person reads after a run."""
     layers = report.geometry.n_layers
-    what = f"policy {report.policy}, {report.mode} mode"
+    fitted = f" by {report.policy_file}" if report.policy_file else ""
+    what = f"policy {report.policy}{fitted}, {report.mode} mode"
     if not report.engaged:
         return f"fate: not engaged because {report.reason}"
     totals = report.counters.totals()

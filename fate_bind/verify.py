@@ -17,7 +17,7 @@ from fate_bind.errors import EngineError
 from fate_bind.host import Host
 from fate_bind.session import Choice, Session, resolve_config, token_ids, with_trained
 from fate_bind.stats import Report
-from fate_policy.config import Slots, load
+from fate_policy.config import AUTO, Slots, load
 
 PROMPT = "Once upon a time, there was a little girl who wanted to know how the moon stays in the sky."
 
@@ -129,7 +129,7 @@ def verify(
     *,
     prompt: str | Sequence[int] | None = None,
     n_tokens: int = 64,
-    policy: Choice = "lru",
+    policy: Choice = AUTO,
     slots: Any = None,
     mode: str | None = None,
     sync: bool | None = None,

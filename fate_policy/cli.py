@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fate_policy import checks, data
-from fate_policy.config import PREFETCHES, Slots
+from fate_policy.config import AUTO, PREFETCHES, Slots
 from fate_policy.errors import FateError, PolicyConfigError, TraceError
 from fate_policy.prefetch_rule import Prefetch
 
@@ -104,7 +104,7 @@ def _replay_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--prefetch",
-        choices=PREFETCHES,
+        choices=[kind for kind in PREFETCHES if kind != AUTO],
         default="off",
         help="bring in before its layer, as a run with sync does, what the policy predicts (token), what the "
         "routers of earlier layers told while the trace was recorded (layer), or both (default: off)",

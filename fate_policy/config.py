@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from fate_policy.errors import PolicyConfigError
 from fate_policy.prefetch_rule import Prefetch
 
 MODES = ("table", "callback", "off")
-PREFETCHES = ("off", *prefetch_rule.KINDS)
+AUTO = "auto"
+PREFETCHES = (AUTO, "off", *prefetch_rule.KINDS)
 
 _MAX_COUNT = 2**31 - 1  # the engine's int32
 _MAX_BYTES = 2**59
@@ -172,9 +173,12 @@ class Config:
     page_lock: bool = True
     vram: int | None = None
     vram_margin: int = 2**30
-    prefetch: str = "off"
+    prefetch: str = AUTO
     prefetch_threshold: float = Prefetch.threshold
     prefetch_experts: int = Prefetch.experts
+
+    chose_prefetch: bool = False
+    """`prefetch` was `auto` before `settled`."""
 
     def __post_init__(self) -> None:
         if self.prefetches and self.mode == "callback":
@@ -185,7 +189,25 @@ class Config:
 
     @property
     def prefetches(self) -> bool:
-        return self.prefetch != "off"
+        return self.prefetch not in (AUTO, "off")
+
+    def settled(self, trained: Path | None = None) -> Config:
+        """Return it with what `auto` leaves open decided: the policy, and whether it prefetches.
+
+        trained : a fitted model that lies where `auto` looks for one: it is taken unless it is known to be
+            worse than LRU on text that it was not fitted on
+        """
+        from fate_policy import model  # which loads more than a configuration needs
+
+        config = self
+        if config.policy == AUTO:
+            takes = trained is not None and model.is_better_than_lru(trained)
+            name, params = ("classifier", {"model": str(trained)}) if takes else ("lru", {})
+            config = replace(config, policy=name, params=params)
+        if config.prefetch == AUTO:
+            pays = config.policy == "classifier" and config.mode == "table" and not config.sync
+            config = replace(config, prefetch="token" if pays else "off", chose_prefetch=True)
+        return config
 
     @property
     def asks_policy(self) -> bool:
@@ -226,7 +248,7 @@ def _reference() -> dict[str, Any]:
     return reference
 
 
-def load(path_or_name: str | Path = "lru", overrides: Mapping[str, Any] | None = None) -> Config:
+def load(path_or_name: str | Path = AUTO, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read a configuration file, or take a policy's name and the defaults.
 
     Parameters
@@ -251,9 +273,10 @@ def load(path_or_name: str | Path = "lru", overrides: Mapping[str, Any] | None =
     if not isinstance(policy, str):
         raise checks.bad_value("policy", policy, "a name")
     params = merged[policy] if policy in registry.BUILT_IN else merged["params"]
-    if policy in registry.BUILT_IN and merged["params"]:
+    if policy in (AUTO, *registry.BUILT_IN) and merged["params"]:
+        under = "the name of the one that you want" if policy == AUTO else policy
         raise PolicyConfigError(
-            f"params: is for own policies; write the parameters of {policy} under `{policy}:`"
+            f"params: is for own policies, and policy is {policy}; write parameters under `{under}:`"
         )
     slots = Slots.parse(merged["slots"])
     vram = None if merged["vram"] is None else parse_size("vram", merged["vram"])
@@ -282,6 +305,7 @@ def load(path_or_name: str | Path = "lru", overrides: Mapping[str, Any] | None =
 
 def make_policy(config: Config) -> Policy:
     """Construct the policy that a configuration names."""
+    config = config.settled()
     policy = registry.get(config.policy)
     known = registry.params_of(policy)
     for key in config.params:

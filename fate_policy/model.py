@@ -230,6 +230,13 @@ def load(path: str | Path) -> Model:
         raise fail(f"cannot be read: {error!r}") from error
 
 
+def is_better_than_lru(path: Path) -> bool:
+    """Tell whether a fitted model hits more than LRU on what `fate train` tested it on, or was not tested."""
+    tests = load(path).meta.get("held_out", {})
+    rows = [row for test in tests.values() for row in test]
+    return not rows or sum(row["sync"] for row in rows) > sum(row["lru"] for row in rows)
+
+
 def _keys(array: NDArray[np.int64]) -> list[Any]:
     return array.tolist() if array.ndim == 1 else [tuple(pair) for pair in array.tolist()]
 

@@ -188,6 +188,12 @@ int32_t fate_replay_predictions(const int32_t * ids, const float * chances, int3
     return FATE_STATUS_OK;
 }
 
+int32_t fate_engine_set_linear(fate_engine * engine, const fate_linear_model * model) {
+    (void) engine;
+    (void) model;
+    return FATE_STATUS_OK;
+}
+
 int32_t fate_engine_seek_routing(fate_engine * e, int64_t row) {
     (void) e;
     return row >= 0 ? FATE_STATUS_OK : FATE_STATUS_INVALID;

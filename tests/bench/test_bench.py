@@ -141,11 +141,11 @@ def test_arms_with_prefetch_name_when_and_what_predicts() -> None:
     settings: dict[str, Any] = {"classifier": "c.npz", "ahead": "a.npz"}
     by_ids = {"kind": "ids", "path": "a.npz", "n_experts": 128}
     wanted: dict[str, tuple[Any, ...]] = {
-        "lru": ("lru", None, None, None),
+        "lru": ("lru", None, "off", None),
         "lru+token": ("lru", "lru", "token", None),
         "lru+layer": ("lru", None, "layer", by_ids),
         "lru+both": ("lru", "lru", "both", by_ids),
-        "classifier": ("classifier", "scores", None, None),
+        "classifier": ("classifier", "scores", "off", None),
         "classifier+token": ("classifier", "scores", "token", None),
         "classifier+layer": ("classifier", "scores", "layer", by_ids),
         "classifier+both": ("classifier", "scores", "both", by_ids),
@@ -153,9 +153,9 @@ def test_arms_with_prefetch_name_when_and_what_predicts() -> None:
         "oracle2": ("lru", None, "layer", {"kind": "perfect", "horizon": 2, "n_experts": 128}),
         "oracle4": ("lru", None, "layer", {"kind": "perfect", "horizon": 4, "n_experts": 128}),
         "recall90": ("lru", None, "layer", {"kind": "synthetic", "n_experts": 128}),
-        "frequency": ("frequency", None, None, None),
-        "callback": ("lru", None, None, None),
-        "python-lru": ("bench.policies:PythonLRU", None, None, None),
+        "frequency": ("frequency", None, "off", None),
+        "callback": ("lru", None, "off", None),
+        "python-lru": ("bench.policies:PythonLRU", None, "off", None),
     }
     for kind, expected in wanted.items():
         made = job(parse(f"{kind}@25"), shape, settings, {})

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -232,3 +234,30 @@ def test_a_fitted_file_beside_the_model_is_found(fitted: Model, tmp_path: Path) 
             assert another.stats()["engaged"]
     found = verify(model, prompt=range(1, 20), n_tokens=4, policy="classifier", slots=10)
     assert found.exit_code == 0, found.message
+
+
+def test_a_fitted_file_beside_the_model_decides_by_itself(
+    plain: tuple[Session, NDArray[np.float32]], fitted: Model, tmp_path: Path
+) -> None:
+    model = tmp_path / "own.gguf"
+    shutil.copyfile(EMBEDDED, model)
+    args = [*ARGS, "-m", str(model)]
+
+    def stats(**options: Any) -> dict[str, Any]:
+        with Session(args=args, slots=10, **options) as session:
+            assert np.array_equal(drive(session).view(np.uint32), plain[1].view(np.uint32))
+            session.check()
+            return session.stats()
+
+    alone = stats()
+    assert (alone["policy"], alone["policy_file"]) == ("lru", None)
+    file = tmp_path / "own.fate.npz"
+    fitted.save(file)
+    chosen = stats()
+    assert (chosen["policy"], chosen["policy_file"]) == ("classifier", str(file))
+    assert chosen["no_prefetch"] == ""  # it was not asked for, and on the CPU it comes before a step only
+    assert chosen["hits"] != alone["hits"]
+    assert stats(policy="lru")["policy"] == "lru"
+    row = {"share": 0.25, "lru": 0.6, "optimum": 0.8, "sync": 0.5, "delayed": 0.5}
+    replace(fitted, meta={**fitted.meta, "held_out": {"test": [row]}}).save(file)
+    assert stats()["policy"] == "lru"

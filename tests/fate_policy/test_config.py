@@ -2,17 +2,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from fate_policy import config as config_module
 from fate_policy import registry
 from fate_policy.config import Config, Slots, load, make_policy
+from fate_policy.cost import untrained
 from fate_policy.errors import PolicyConfigError
 from fate_policy.frequency import Frequency
+from fate_policy.lru import LRU
 from fate_policy.prefetch_rule import Prefetch
 
 REFERENCE = Path(config_module.__file__).with_name("reference.yaml")
@@ -25,7 +29,7 @@ def written(folder: Path, text: str) -> Path:
 
 
 def test_reference_is_the_defaults() -> None:
-    assert load(REFERENCE) == load() == Config("lru", {}, "table", Slots("auto"), False, 1)
+    assert load(REFERENCE) == load() == Config("auto", {}, "table", Slots("auto"), False, 1)
 
 
 def test_reference_has_a_block_for_every_built_in_policy() -> None:
@@ -48,7 +52,7 @@ def test_a_file_says_what_differs(tmp_path: Path) -> None:
         "page_lock": True,
         "vram": None,
         "vram_margin": 2**30,
-        "prefetch": "off",
+        "prefetch": "auto",
         "prefetch_threshold": 0.5,
         "prefetch_experts": 8,
     }
@@ -67,6 +71,51 @@ def test_overrides_win_and_merge(tmp_path: Path) -> None:
 def test_a_name_is_enough() -> None:
     assert load("random").params == {"seed": 0}
     assert load("random", {"random": {"seed": 3}}).params == {"seed": 3}
+
+
+def test_auto_is_lru_without_a_fitted_model() -> None:
+    config = load().settled()
+    assert (config.policy, config.params, config.prefetch) == ("lru", {}, "off")
+    assert type(make_policy(load())) is LRU
+    with pytest.raises(PolicyConfigError, match="policy is auto; write parameters under"):
+        load("auto", {"params": {"a": 1}})
+
+
+def test_auto_takes_a_fitted_model_unless_it_is_worse_than_lru(tmp_path: Path) -> None:
+    none = [([], np.zeros((0, 2), np.float32), np.zeros((0, 2, n), np.float16)) for n in (16 + 16, 16)]
+    fitted = replace(untrained([8, 8], [2, 2]), tables=tuple(none))
+    for name, sync, taken in (("unknown", None, True), ("better", 0.7, True), ("worse", 0.5, False)):
+        row = {"share": 0.25, "lru": 0.6, "optimum": 0.8, "sync": sync, "delayed": sync}
+        meta = {"held_out": {"test": [row]}} if sync else {}
+        path = tmp_path / f"{name}.npz"
+        replace(fitted, meta=meta).save(path)
+        config = load().settled(path)
+        assert config.policy == ("classifier" if taken else "lru")
+        assert config.params == ({"model": str(path)} if taken else {})
+        assert config.prefetch == ("token" if taken else "off")
+        assert load("lru").settled(path).policy == "lru"
+    with pytest.raises(PolicyConfigError, match="is not a fitted model"):
+        load().settled(written(tmp_path, "not a model"))
+
+
+@pytest.mark.parametrize(
+    ("policy", "given", "prefetch"),
+    [
+        ("classifier", {}, "token"),
+        ("classifier", {"sync": True}, "off"),
+        ("classifier", {"mode": "callback"}, "off"),
+        ("classifier", {"prefetch": "off"}, "off"),
+        ("classifier", {"prefetch": "both"}, "both"),
+        ("frequency", {}, "off"),
+        ("frequency", {"prefetch": "layer"}, "layer"),
+    ],
+)
+def test_prefetch_is_chosen_where_it_is_not_given(policy: str, given: dict[str, Any], prefetch: str) -> None:
+    config = load(policy, given)
+    settled = config.settled()
+    assert settled.prefetch == prefetch
+    assert settled.chose_prefetch == ("prefetch" not in given)
+    assert settled.settled() == settled
 
 
 def test_off_may_be_bare(tmp_path: Path) -> None:
@@ -127,7 +176,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ),
         (
             "prefetch: tokens",
-            "prefetch: 'tokens' is not allowed; expected one of off, token, layer, both; did you mean",
+            "prefetch: 'tokens' is not allowed; expected one of auto, off, token, layer, both; did you mean",
         ),
         ("prefetch: true", "prefetch: True is not allowed"),
         (
@@ -146,7 +195,8 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("prefetch: both\nmode: callback", "prefetch: both works in table mode, and mode is callback here"),
         ("frequency: 16", "frequency: 16 is not allowed; expected a mapping"),
         ("slots: many", "slots: 'many' is not allowed; expected a count"),
-        ("params: {a: 1}", "params: is for own policies; write the parameters of lru under `lru:`"),
+        ("params: {a: 1}", "params: is for own policies, and policy is auto; write parameters under"),
+        ("policy: lru\nparams: {a: 1}", "and policy is lru; write parameters under `lru:`"),
         ("- lru", "expected keys and values, found list"),
         ("lru", "expected keys and values, found str"),
         ("policy: 'lru", "is not YAML"),
@@ -254,7 +304,7 @@ def test_what_has_no_simple_annotation_is_left_to_the_policy(own: str, params: d
 
 def test_merged_yaml_mappings_may_be_overridden(tmp_path: Path) -> None:
     text = "static: &a {profile: x}\nparams: {}\nfrequency: {lfru: true}\n"
-    assert load(written(tmp_path, text)).policy == "lru"
+    assert load(written(tmp_path, text)).policy == "auto"
     merged = "policy: frequency\nfrequency:\n  <<: {lfru: true, half_life_tokens: 4}\n  half_life_tokens: 8\n"
     assert load(written(tmp_path, merged)).params == {"half_life_tokens": 8, "lfru": True}
 
