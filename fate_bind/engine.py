@@ -117,7 +117,7 @@ class Engine:
 
     @property
     def is_linear(self) -> bool:
-        """Whether the engine decides by the policy's linear model, without asking Python."""
+        """Whether the engine decides by the policy's linear model, without asking Python; traces tell it."""
         return self._linear is not None
 
     def step(self, c_step: Any, scores: Any, bonus: Any) -> bool:
@@ -313,6 +313,7 @@ class Engine:
             "model": library.text(library.load().ffi, info.geometry.model),
             **geometry_meta(self.geometry),
             **{key: resolved[key] for key in _RECORDED},
+            "linear": self.is_linear,
         }
 
     def _info(self) -> Any:

@@ -162,8 +162,10 @@ class Policy:
     def linear(self) -> LinearModel | None:
         """Question: a linear model of routing by which the engine itself may decide; None = there is none.
 
-        Asked after `start`. The engine then needs no Python between steps: chances are those of `predict`,
-        scores those of `scores` and `bonus`, up to rounding, as if told the same.
+        Asked after `start`, in table mode without `sync`. The engine then needs no Python between steps:
+        before a step of one token it takes in the step before and has chances and scores for that very token,
+        those of `predict`, and of `scores` and `bonus` as with `sync`, up to rounding. Behind other steps
+        scores are those of a token that is not known.
         """
         return None
 

@@ -23,10 +23,12 @@ EVICT_BY = ("scores", "lru")
 class Classifier(Policy):
     """Evict the resident expert that is least likely to be used soon, as a fitted model sees it.
 
-    The model's head is that for the nearest share of slots. With `sync: true` the scores are for the token
-    about to run; else, and where that is not told, those of the token before it, with the model's bonus for
-    what it used. It goes on counting what each token uses, unless `learn` is false. With `evict_by: lru` it
-    only predicts, for `prefetch: token`. `fate train` fits the model.
+    The model's head is that for the nearest share of slots. The scores are for the token about to run: with
+    `sync: true` made here, else by the engine, which evaluates `linear`. Where there is none (estimators that
+    are not linear, router weights, `refresh_tokens`), and where the token is not told, they are those of the
+    token before it, with the model's bonus for what it used. It goes on counting what each token uses, unless
+    `learn` is false. With `evict_by: lru` it only predicts, for `prefetch: token`. `fate train` fits the
+    model.
     """
 
     def __init__(

@@ -148,7 +148,7 @@ class Slots:
 
 def parse_size(name: str, value: Any) -> int:
     """Return the bytes that a value such as 1073741824, "8GiB" or "512M" means; 0 is allowed."""
-    if re.fullmatch(r"\d{1,20}", str(value)) and not isinstance(value, bool) and int(value) <= _MAX_BYTES:
+    if re.fullmatch(r"\d{1,20}", str(value)) and int(value) <= _MAX_BYTES:
         return int(value)
     try:
         size = Slots.parse(value)

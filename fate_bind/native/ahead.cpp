@@ -197,9 +197,14 @@ bool fate_engine::shows(const llama_moe_args & args) {
     return args.ids->ne[1] == 1 && args.cur && args.cur->type == GGML_TYPE_F32 && ggml_is_contiguous(args.cur) && ggml_nrows(args.cur) == 1;
 }
 
+// Whether experts may be brought in for the step at hand: of another the last layer does not run.
+bool fate_engine::is_told() const {
+    return record_[current_].n_tokens() == 1 && record_[current_].has_output();
+}
+
 // Whether layers tell of later ones in the step at hand.
 bool fate_engine::looks_now() const {
-    return looks() && record_[current_].n_tokens() == 1 && record_[current_].has_output();
+    return looks() && is_told();
 }
 
 // On the host, where steps wait: a layer's input tells of later ones.

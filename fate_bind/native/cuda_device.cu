@@ -64,7 +64,7 @@ public:
     ~fate_cuda_device() override;
 
     void             reset() override;
-    std::string      begin(int32_t n_tokens, bool first_is_bulk, bool looks) override;
+    std::string      begin(int32_t n_tokens, bool first_is_bulk, bool is_told) override;
     void             launch(size_t layer, uint8_t path, ggml_tensor * dst, void * stream) override;
     bool             is_bulk(size_t layer, int32_t n_rows) const override;
     void             launch_bulk(size_t layer, ggml_tensor * dst, void * stream) override;
@@ -343,7 +343,7 @@ void fate_cuda_device::reset() {
     }
 }
 
-std::string fate_cuda_device::begin(int32_t n_tokens, bool first_is_bulk, bool looks) {
+std::string fate_cuda_device::begin(int32_t n_tokens, bool first_is_bulk, bool is_told) {
     n_tokens_ = n_tokens;
     if (callback_) {
         callback_->wake();
@@ -361,7 +361,7 @@ std::string fate_cuda_device::begin(int32_t n_tokens, bool first_is_bulk, bool l
         }
         if (prefetch_) {
             note_prefetches();
-            prefetch_->begin(device_layers_.data, looks, seen_, stream_);
+            prefetch_->begin(device_layers_.data, is_told, seen_, stream_);
         }
         if (n_foretold() > 0 && config_.wants_steps) { // behind what told of the step before
             const parts p = parts_of(0);

@@ -137,7 +137,19 @@ static __device__ __forceinline__ void fate_add(int64_t * to, int64_t n) {
 }
 
 static __device__ __forceinline__ void fate_max(int64_t * to, int64_t value) {
+#if defined(__HIP__) // which knows it from some version on
+    unsigned long long * word = reinterpret_cast<unsigned long long *>(to);
+    unsigned long long   seen = static_cast<unsigned long long>(*const_cast<volatile int64_t *>(to));
+    while (static_cast<int64_t>(seen) < value) {
+        const unsigned long long found = atomicCAS(word, seen, static_cast<unsigned long long>(value));
+        if (found == seen) {
+            return;
+        }
+        seen = found;
+    }
+#else
     atomicMax(reinterpret_cast<long long *>(to), static_cast<long long>(value));
+#endif
 }
 
 // How many threads before this one have the flag, and in all. All threads of the block call it; scratch[33].

@@ -6,6 +6,8 @@
 #include <chrono>
 #include <cstring>
 
+static const size_t MEASURED_BYTES = 32 << 20; // at most, unless an expert has more
+
 fate_cuda_prefetch::fate_cuda_prefetch(int ordinal, const fate_device_config & config, size_t max_experts) :
     n_layers_(config.layers.size()),
     max_experts_(max_experts),
@@ -43,7 +45,7 @@ fate_cuda_prefetch::~fate_cuda_prefetch() {
     cudaStreamDestroy(side_);
 }
 
-// How long the copy of an expert takes, of those of all layers on average: by the engine that copies, alone on the link, which is measured.
+// How long the copy of an expert takes, of those of all layers on average, alone on the link, which is measured with many experts in a row.
 double fate_cuda_prefetch::ns_per_expert(const fate_device_config & config) {
     size_t total = 0;
     size_t most  = 0;
@@ -53,21 +55,26 @@ double fate_cuda_prefetch::ns_per_expert(const fate_device_config & config) {
             most = std::max(most, t.expert_bytes);
         }
     }
-    const fate_device_tensor * largest = nullptr;
+    const fate_device_tensor * largest   = nullptr;
+    int32_t                    n_experts = 0;
     for (const fate_device_layer & layer : config.layers) {
         for (const fate_device_tensor & t : layer.tensors) {
-            largest = t.expert_bytes == most ? &t : largest;
+            if (t.expert_bytes == most) {
+                largest   = &t;
+                n_experts = layer.n_experts;
+            }
         }
     }
+    const size_t       n_bytes = std::min(most * static_cast<size_t>(n_experts), std::max(most, MEASURED_BYTES));
     device_array<char> to;
     fate_cuda_event    began, ended;
-    to.allocate(most);
+    to.allocate(n_bytes);
     began.create(true);
     ended.create(true);
     float best = 0;
-    for (int i = 0; i < 4; ++i) { // the first is slow
+    for (int i = 0; i < 4; ++i) { // the link may have to wake
         FATE_CUDA(cudaEventRecord(began.handle, cudaStreamPerThread));
-        FATE_CUDA(cudaMemcpyAsync(to.data, largest->source, most, cudaMemcpyHostToDevice, cudaStreamPerThread));
+        FATE_CUDA(cudaMemcpyAsync(to.data, largest->source, n_bytes, cudaMemcpyHostToDevice, cudaStreamPerThread));
         FATE_CUDA(cudaEventRecord(ended.handle, cudaStreamPerThread));
         FATE_CUDA(cudaEventSynchronize(ended.handle));
         float ms = 0;
@@ -75,7 +82,7 @@ double fate_cuda_prefetch::ns_per_expert(const fate_device_config & config) {
         best = i < 2 ? ms : std::min(best, ms);
     }
     const double expert_bytes = static_cast<double>(total) / static_cast<double>(n_layers_);
-    const double ns           = 1e6 * best * expert_bytes / static_cast<double>(most);
+    const double ns           = 1e6 * best * expert_bytes / static_cast<double>(n_bytes);
     return config.throttle > 0 ? std::max(ns, 1e9 * expert_bytes / config.throttle) : ns;
 }
 
@@ -198,12 +205,12 @@ void fate_cuda_prefetch::reset(cudaStream_t stream) {
     FATE_CUDA(cudaMemsetAsync(words_.data, 0, 2 * sizeof(uint32_t), stream));
 }
 
-void fate_cuda_prefetch::begin(const fate_cuda_layer * layers, bool looks, const fate_worth_seen & seen, cudaStream_t stream) {
+void fate_cuda_prefetch::begin(const fate_cuda_layer * layers, bool is_told, const fate_worth_seen & seen, cudaStream_t stream) {
     join(stream);
     is_busy_          = false;
     const int64_t now = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
-    rests_            = !waits_ && !worth_.begin(seen, now);
-    looks_            = looks && n_views_ > 0 && !rests_;
+    rests_            = !waits_ && !worth_.begin(is_told, seen, now);
+    looks_            = is_told && n_views_ > 0 && !rests_;
     fate_settle<<<static_cast<unsigned>((n_layers_ + 31) / 32), 32, 0, stream>>>(layers, static_cast<int32_t>(n_layers_), looks_);
     FATE_CUDA(cudaGetLastError());
     FATE_CUDA(cudaEventRecord(settled_.handle, stream));

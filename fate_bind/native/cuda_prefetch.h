@@ -23,8 +23,8 @@ public:
     void foretell(const fate_predictions & predictions, const int64_t * end);
 
     void reset(cudaStream_t stream);
-    // A step is about to be enqueued, outside of a capture: what the one before left is settled. looks: layers tell of later ones in it. seen: as far as known.
-    void begin(const fate_cuda_layer * layers, bool looks, const fate_worth_seen & seen, cudaStream_t stream);
+    // A step is about to be enqueued, outside of a capture: what the one before left is settled. is_told: of one token whose output is wanted. seen: as far as known.
+    void begin(const fate_cuda_layer * layers, bool is_told, const fate_worth_seen & seen, cudaStream_t stream);
     // Behind the op of a layer that sees others, where steps wait. May be captured.
     void look_on(const fate_cuda_layer * layers, size_t from, cudaStream_t stream);
     // The step was enqueued: layers are looked after beside it, where it looks and does not wait.

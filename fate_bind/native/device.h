@@ -70,8 +70,8 @@ public:
     virtual void reset() = 0;
 
     // What failed, "" if nothing.
-    // first_is_bulk: the first layer's op will be split. looks: the step is of one token whose output is wanted, and layers tell of later ones.
-    virtual std::string begin(int32_t n_tokens, bool first_is_bulk, bool looks)       = 0;
+    // first_is_bulk: the first layer's op will be split. is_told: the step is of one token whose output is wanted, so that experts may be brought in for it.
+    virtual std::string begin(int32_t n_tokens, bool first_is_bulk, bool is_told)     = 0;
     // The launcher of a layer's op. src[0]: ids, src[2]: router weights or null, src[3]: what the router read or null. Throws fate_error.
     virtual void launch(size_t layer, uint8_t path, ggml_tensor * dst, void * stream) = 0;
 

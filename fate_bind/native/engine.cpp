@@ -197,7 +197,7 @@ void fate_engine::ubatch_begin(const llama_ubatch & ubatch) {
         began_us_ = ggml_time_us();
         ran_      = false;
         error_.clear();
-        gathered_[current_] = false;
+        gathered_[current_] = 0;
         record_[current_].begin(static_cast<int32_t>(ubatch.n_tokens), wants_steps_ ? static_cast<int32_t>(blocks_.size()) : 0, max_k_,
                                 config_.weights != 0, ubatch.token, ubatch.pos, ubatch.seq_id, ubatch.output);
         for (const auto & b : blocks_) {
@@ -206,12 +206,16 @@ void fate_engine::ubatch_begin(const llama_ubatch & ubatch) {
             }
         }
         if (foresees()) {
-            foresee();
+            try {
+                foresee();
+            } catch (const fate_error & e) { // the ubatch fails at its end: nothing may be thrown through llama.cpp here
+                error_ = e.what();
+            }
         }
         for (auto & device : devices_) {
             const int32_t     n_tokens = static_cast<int32_t>(ubatch.n_tokens);
             const bool        again    = first_of(*device).n_bulk_rows == n_tokens; // then the newest graph, or one like it, runs
-            const std::string why      = device->begin(n_tokens, again, looks_now());
+            const std::string why      = device->begin(n_tokens, again, is_told());
             error_                     = why.empty() ? error_ : why;
         }
         if (sync_) {
@@ -248,8 +252,8 @@ bool fate_engine::ubatch_end(bool ok) {
         } else if (held_back_) {
             is_due = deliver(1 - current_);
         }
-        if (linear_) { // before a step of one token it says it itself, for that token
-            is_due = held_back_ && linear_->has_scores() && !foresees();
+        if (linear_ && !policy_failed_) { // before a step of one token it says it itself, for that token
+            is_due = (is_due || held_back_) && linear_->has_scores() && !is_told();
             if (is_due) {
                 linear_->scores(scores_.data(), bonus_.data());
             }
@@ -279,12 +283,9 @@ bool fate_engine::ubatch_end(bool ok) {
 
 // What devices know of a step; waits for it.
 void fate_engine::gather(int32_t which) {
-    for (auto & device : devices_) {
-        if (!gathered_[which]) {
-            device->collect(which, record_[which]);
-        }
+    for (size_t & n = gathered_[which]; n < devices_.size(); ++n) {
+        devices_[n]->collect(which, record_[which]);
     }
-    gathered_[which] = true;
 }
 
 // Hands over one of the two records; true if the policy published scores.
@@ -369,7 +370,7 @@ void fate_engine::follow() {
 
 // Whether the linear model is asked about the step at hand.
 bool fate_engine::foresees() const {
-    return linear_ && record_[current_].n_tokens() == 1 && record_[current_].has_output();
+    return linear_ && !policy_failed_ && is_told();
 }
 
 // Before a step of one token: what it is likely to use, and what is worth keeping after it. The step before is over, for its output made the token; a program
@@ -406,7 +407,7 @@ void fate_engine::publish(bool behind) {
 // The scores that come of it act when they would have.
 void fate_engine::flush() {
     if (held_back_) {
-        scores_due_ = deliver(1 - current_);
+        scores_due_ = deliver(1 - current_) || (linear_ && linear_->has_scores());
         held_back_  = false;
     }
 }

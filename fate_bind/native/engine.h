@@ -169,6 +169,7 @@ private:
     void        find_gate(block & b, const llama_moe_args & args);
     bool        looks() const;
     bool        looks_now() const;
+    bool        is_told() const;
     bool        sees(int32_t layer) const;
     static bool shows(const llama_moe_args & args);
     std::string why_blind() const;
@@ -237,7 +238,7 @@ private:
     fate_record                  record_[2];
     int32_t                      current_     = 0;
     int64_t                      began_us_    = 0;
-    bool                         gathered_[2] = {};    // record_ has what devices know
+    size_t                       gathered_[2] = {};    // devices of which record_ has what they know
     bool                         held_back_   = false; // record_[1 - current_] waits to be delivered
     bool                         followed_    = false; // and linear_ has taken it in
     bool                         scores_due_  = false; // scores_ were handed over early, by flush()

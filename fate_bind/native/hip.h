@@ -1,13 +1,13 @@
 // CUDA's names where a HIP compiler reads the code: what hipify would write, and what HIP has otherwise or not at all. For waves of 32 threads.
 //
-// Nothing here was run: no AMD GPU was at hand. There are no programmatic dependent launches, and no batches of copies.
+// It compiles with hipcc 5.2. Nothing here was run: no AMD GPU was at hand. There are no programmatic dependent launches, and no batches of copies.
 #pragma once
 
 #include <cstdint>
 
 #include <hip/hip_runtime.h>
 
-#if defined(__HIP_DEVICE_COMPILE__) && __AMDGCN_WAVEFRONT_SIZE != 32
+#if defined(__HIP_DEVICE_COMPILE__) && defined(__AMDGCN_WAVEFRONT_SIZE) && __AMDGCN_WAVEFRONT_SIZE != 32
 #    error "waves of 64 threads are not served: compile for an architecture whose waves have 32"
 #endif
 
@@ -136,17 +136,4 @@ static __device__ __forceinline__ void __syncwarp(unsigned = ~0u) {
 
 static __device__ __forceinline__ void __nanosleep(unsigned) {
     __builtin_amdgcn_s_sleep(8); // some 500 cycles
-}
-
-static __device__ __forceinline__ long long atomicMax(long long * p, long long value) {
-    long long seen = *p;
-    while (seen < value) {
-        const long long found = static_cast<long long>(atomicCAS(
-            reinterpret_cast<unsigned long long *>(p), static_cast<unsigned long long>(seen), static_cast<unsigned long long>(value)));
-        if (found == seen) {
-            break;
-        }
-        seen = found;
-    }
-    return seen;
 }

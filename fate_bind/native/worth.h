@@ -28,13 +28,22 @@ public:
     // ns_per_expert: that a copy takes. cost: share of a step, FATE_WORTH_LOOK or FATE_WORTH_PLAN.
     explicit fate_worth(double ns_per_expert = 0, double cost = 0) : ns_per_expert_(ns_per_expert), cost_(cost) {}
 
-    // A step begins. False: prefetch rests in it.
-    bool begin(const fate_worth_seen & seen, int64_t now_ns) {
-        if (began_ns_ > 0) { // pauses between steps are not theirs: the shortest counts
+    // A step begins. is_told: one that experts may be brought in for; others, and what they copy, are not looked at. False: prefetch rests in it.
+    bool begin(bool is_told, const fate_worth_seen & seen, int64_t now_ns) {
+        if (was_told_) { // pauses between steps are not theirs: the shortest counts
             const int64_t ns = now_ns - began_ns_;
             shortest_ns_     = shortest_ns_ == 0 ? ns : std::min(shortest_ns_, ns);
+        } else {
+            before_.n_brought += seen.n_brought - last_.n_brought;
+            before_.n_hidden += seen.n_hidden - last_.n_hidden;
+            before_.n_came += seen.n_came - last_.n_came;
         }
+        last_     = seen;
         began_ns_ = now_ns;
+        was_told_ = is_told;
+        if (!is_told) {
+            return false;
+        }
         if (++n_steps_ > FATE_WORTH_STEPS) {
             is_on_       = judge(seen);
             n_steps_     = 1;
@@ -49,12 +58,13 @@ public:
 private:
     // A window is over: whether it runs in the next.
     bool judge(const fate_worth_seen & seen) {
+        n_resting_           = std::max(0, n_resting_ - 1);
         const double looking = cost_ * static_cast<double>(shortest_ns_) * FATE_WORTH_STEPS;
         if (ns_per_expert_ * static_cast<double>(seen.n_came - before_.n_came) < FATE_WORTH_LEAST * looking) {
             return false;
         }
         if (!is_on_) {
-            return --n_resting_ <= 0;
+            return n_resting_ == 0;
         }
         const double hidden = ns_per_expert_ * (seen.n_hidden - before_.n_hidden);
         const double beside = FATE_WORTH_BESIDE * ns_per_expert_ * static_cast<double>(seen.n_brought - before_.n_brought);
@@ -66,11 +76,13 @@ private:
 
     double          ns_per_expert_;
     double          cost_;
-    fate_worth_seen before_;
+    fate_worth_seen before_;              // the window at hand
+    fate_worth_seen last_;                // at the last step's begin
+    bool            was_told_    = false; // the last step
     int64_t         began_ns_    = 0;
-    int64_t         shortest_ns_ = 0; // step of the window at hand
-    int32_t         n_steps_     = 0; // of the window
+    int64_t         shortest_ns_ = 0;     // step of the window at hand
+    int32_t         n_steps_     = 0;     // of the window
     bool            is_on_       = true;
-    int32_t         n_resting_   = 0; // windows to come
+    int32_t         n_resting_   = 0;     // windows to come
     int32_t         rest_        = FATE_WORTH_REST;
 };

@@ -18,7 +18,7 @@ struct driven {
         int n_ran = 0;
         for (int i = 0; i < n; ++i) {
             now += NS_PER_STEP + (i % 3 == 0 ? pause : 0);
-            if (worth.begin({ static_cast<int64_t>(brought), hidden, static_cast<int64_t>(came) }, now)) {
+            if (worth.begin(true, { static_cast<int64_t>(brought), hidden, static_cast<int64_t>(came) }, now)) {
                 ++n_ran;
                 brought += n_came / 2;
                 hidden += n_came / 2 * share;
@@ -63,6 +63,32 @@ int main() {
         CHECK(d.run(300, 1.0, 2, 1000 * NS_PER_STEP) == 300);
         d.worth.reset();
         CHECK(d.run(FATE_WORTH_STEPS, 1.0, 0.1) == FATE_WORTH_STEPS);
+    }
+    {
+        driven d; // prompts and batches, with misses that nothing was brought in for: not looked at
+        CHECK(d.run(100, 0.5, 8) == 100);
+        for (int i = 0; i < 2000; ++i) {
+            d.came += 40;
+            d.now += i % 3 ? 1000 : 30 * NS_PER_STEP; // some are enqueued at once
+            CHECK(!d.worth.begin(false, { static_cast<int64_t>(d.brought), d.hidden, static_cast<int64_t>(d.came) }, d.now));
+        }
+        CHECK(d.run(100, 0.5, 8) == 100);
+        int n_ran = 0; // nor where they come in between
+        for (int i = 0; i < 400; ++i) {
+            n_ran += d.run(1, 0.5, 8);
+            for (int j = 0; j < 3; ++j) {
+                d.now += 1000;
+                d.worth.begin(false, { static_cast<int64_t>(d.brought), d.hidden, static_cast<int64_t>(d.came) }, d.now);
+                d.came += 40;
+            }
+        }
+        CHECK(n_ran == 400);
+    }
+    {
+        driven d; // a rest passes while hardly anything is copied
+        d.run(600, 0.0);
+        d.run(FATE_WORTH_MAX_REST * FATE_WORTH_STEPS, 1.0, 0.1);
+        CHECK(d.run(200, 1.0, 8) >= 200 - 2 * FATE_WORTH_STEPS);
     }
     return check_result("test-worth");
 }
