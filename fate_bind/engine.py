@@ -73,6 +73,7 @@ class Engine:
         self._last: Report | None = None
         self._asking = _Asking(self)
         self._is_foretold = False  # what comes next was told already
+        self._fitted_for = ""
         self._linear: CModel | None = None  # by which the engine decides itself
         self.geometry = self._read_geometry()
         self.n_experts: list[int] = self.geometry.n_experts.tolist()
@@ -103,6 +104,7 @@ class Engine:
                     )
                 else:
                     self.driver.reset()
+                self._fitted_for = str(getattr(self.driver.policy, "fitted_for", ""))
                 self._set_linear(self.driver.policy)
 
     def _set_linear(self, policy: Policy) -> None:
@@ -240,6 +242,8 @@ class Engine:
                 seconds=int(info.busy_us) / 1e6,
                 record=self._record_name(),
                 policy_file=config.params.get("model"),
+                passed_over=config.passed_over or None,
+                fitted_for=self._fitted_for,
                 policy_error=self._policy_error or ("wrong victims" if info.policy_failed else None),
             )
 
@@ -253,7 +257,9 @@ class Engine:
         if blind and not self.host.asks_policy:
             return f"{blind}: no router tells of the next layers; with prefetch: token a policy can"
         if not self.host.config.sync and not info.gpu_launches:
-            return "the layers run on the CPU, where experts come in before a step only: set sync: true"
+            return (
+                "the layers run on the CPU, where experts come in before a step only: set sync (--fate-sync)"
+            )
         if (self.geometry.n_slots <= self.geometry.k).all():
             return "no layer has a slot more than a token needs: give more slots"
         return ""

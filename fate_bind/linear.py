@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fate_bind import library
 from fate_policy import features
 from fate_policy.base import Step
+from fate_policy.errors import PolicyError
 from fate_policy.linear import LinearHead, LinearModel, LinearTable
 
 C_TYPES = {np.float32: "float", np.float16: "uint16_t", np.int32: "int32_t", np.int64: "int64_t"}
@@ -27,60 +28,75 @@ class CModel:
         self._held: list[Any] = []
         shape = model.shape
         n_layers, max_experts = shape.table
-        if model.now.weights.shape != (n_layers, lib.FATE_LINEAR_FEATURES):
-            raise ValueError(
-                f"weights of shape {model.now.weights.shape}: expected {n_layers} layers, "
-                f"{lib.FATE_LINEAR_FEATURES} features"
-            )
-        constants = model.constants
+        size, rank_basis, rank = n_layers * max_experts, model.basis.shape[-1], model.squeeze.shape[-1]
+        weights, constants = (n_layers, int(lib.FATE_LINEAR_FEATURES)), model.constants
+        n_contexts, n_follow = int(lib.FATE_LINEAR_CONTEXTS), (int(lib.FATE_LINEAR_FOLLOW),)
+        self._shapes: dict[str, tuple[int, ...]] = {
+            "weights": weights,
+            "fold": (rank, n_layers, max_experts),
+            "constant": (n_layers, max_experts),
+            "bonus": (n_layers,),
+        }
         self.pointer = self._ffi.new(
             "fate_linear_model *",
             {
                 "n_layers": n_layers,
                 "max_experts": max_experts,
                 "max_k": int(shape.k.max(initial=1)),
-                "rank_basis": model.basis.shape[1],
-                "rank": model.squeeze.shape[1],
-                "n_experts": self._hold(shape.n_experts, np.int32),
-                "even_rates": self._hold(shape.even_rates()),
-                "basis": self._hold(model.basis),
-                "center": self._hold(model.center),
-                "squeeze": self._hold(model.squeeze),
-                "rate_keep": self._hold(constants.rate_keep),
-                "context_keep": self._hold(constants.context_keep),
-                "soon": self._hold(constants.soon),
-                "later": self._hold(constants.later),
-                "credit": self._hold(constants.credit),
-                "early_of": self._hold(np.array(features.EARLY_OF) - lib.FATE_LINEAR_LOG_RATE, np.int32),
+                "rank_basis": rank_basis,
+                "rank": rank,
+                "n_experts": self._hold("n_experts", shape.n_experts, (n_layers,), np.int32),
+                "even_rates": self._hold("even_rates", shape.even_rates(), (n_layers, max_experts)),
+                "basis": self._hold("basis", model.basis, (size, rank_basis)),
+                "center": self._hold("center", model.center, (rank_basis,)),
+                "squeeze": self._hold("squeeze", model.squeeze, (n_contexts * rank_basis, rank)),
+                "rate_keep": self._hold("rate_keep", constants.rate_keep, (int(lib.FATE_LINEAR_RATES),)),
+                "context_keep": self._hold(
+                    "context_keep", constants.context_keep, (int(lib.FATE_LINEAR_DECAYED),)
+                ),
+                "soon": self._hold("soon", constants.soon, n_follow),
+                "later": self._hold("later", constants.later, n_follow),
+                "credit": self._hold("credit", constants.credit, (int(lib.FATE_LINEAR_LATER),)),
+                "early_of": self._hold(
+                    "early_of",
+                    np.array(features.EARLY_OF) - lib.FATE_LINEAR_LOG_RATE,
+                    (int(lib.FATE_LINEAR_EARLY),),
+                    np.int32,
+                ),
                 "early_tokens": features.EARLY_TOKENS,
                 "early_end": features.EARLY_END,
-                "ngrams": self._hold(features.NGRAMS, np.int32),
+                "ngrams": self._hold("ngrams", features.NGRAMS, (int(lib.FATE_LINEAR_NGRAMS),), np.int32),
                 "n_history": model.n_history,
                 "learn": int(model.learn),
-                "tokens": self._table(model.tokens),
-                "pairs": self._table(model.pairs),
+                "tokens": self._table(model.tokens, 1, size + rank_basis),
+                "pairs": self._table(model.pairs, 2, size),
                 "now": self._head(model.now),
                 "keep": {} if model.keep is None else self._head(model.keep),
             },
         )
 
-    def _hold(self, numbers: Any, dtype: Any = np.float32) -> Any:
+    def _hold(self, name: str, numbers: Any, shape: tuple[int, ...], dtype: Any = np.float32) -> Any:
+        """Return a pointer to the numbers; the library reads as many as `shape` says."""
         array = np.ascontiguousarray(numbers, dtype)
+        if array.shape != shape:
+            raise PolicyError(f"linear(): {name} has shape {array.shape}; expected {shape}")
         if not array.size:
             return self._ffi.NULL
         self._held.append(self._ffi.from_buffer(f"{C_TYPES[dtype]}[]", array))
         return self._held[-1]
 
     def _head(self, head: LinearHead) -> dict[str, Any]:
-        return {name: self._hold(getattr(head, name)) for name in ("weights", "fold", "constant", "bonus")}
+        return {name: self._hold(name, getattr(head, name), shape) for name, shape in self._shapes.items()}
 
-    def _table(self, table: LinearTable) -> dict[str, Any]:
+    def _table(self, table: LinearTable, n_names: int, n_columns: int) -> dict[str, Any]:
+        n = len(table.keys)
+        keys = (n,) if n_names == 1 else (n, n_names)
         return {
             "capacity": table.capacity,
-            "n_rows": len(table.keys),
-            "keys": self._hold(table.keys, np.int64),
-            "n": self._hold(table.n),
-            "sums": self._hold(table.sums, np.float16),
+            "n_rows": n,
+            "keys": self._hold("keys", table.keys, keys, np.int64),
+            "n": self._hold("n", table.n, (n, 2)),
+            "sums": self._hold("sums", table.sums, (n, 2, n_columns), np.float16),
         }
 
 

@@ -6,6 +6,7 @@ import atexit
 import codecs
 import functools
 import operator
+import os
 import tempfile
 import threading
 import weakref
@@ -71,9 +72,16 @@ def with_trained(config: Config, model: Path | None) -> Config:
 
     It is beside the model: NAME.fate.npz of NAME.gguf.
     """
-    if config.policy == AUTO and model is not None:
+    if config.policy == AUTO and model is not None and config.mode != "off":
         path = model.with_suffix(".fate.npz")
-        return config.settled(path if path.exists() else None)
+        try:
+            return config.settled(path if os.path.lexists(path) else None)
+        except PolicyConfigError as error:
+            if str(path) not in str(error) or config.asks_policy:
+                raise
+            raise PolicyConfigError(
+                f"{error}; it was found beside {model.name}: remove it, or name a policy, such as lru"
+            ) from error
     if config.policy != "classifier" or config.params.get("model") is not None or model is None:
         return config.settled()
     path = modelfile.check(model).with_suffix(".fate.npz")

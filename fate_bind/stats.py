@@ -39,6 +39,8 @@ class Report:
     ask_seconds: float = 0.0
     no_prefetch: str = ""
     policy_file: str | None = None
+    passed_over: str | None = None
+    fitted_for: str = ""
 
     @property
     def n_layers_engaged(self) -> int:
@@ -89,6 +91,8 @@ def _add(one: Report, two: Report) -> Report:
         ask_seconds=one.ask_seconds + two.ask_seconds,
         no_prefetch=one.no_prefetch or two.no_prefetch,
         policy_file=one.policy_file,
+        passed_over=one.passed_over,
+        fitted_for=one.fitted_for,
     )
 
 
@@ -97,7 +101,8 @@ def as_dict(report: Report) -> dict[str, Any]:
 
     engaged : whether any layer ran through a pool;  reason : why not, or not in all layers; "" otherwise
     policy, mode : as configured;  policy_error : why the policy was given up for LRU, or null
-    policy_file : of the fitted model that decides, or null
+    policy_file : of the fitted model that decides, or null;  fitted_for : the name of the model whose routing
+        it was fitted to, "" if not known;  passed_over : a file that `auto` found worse than LRU, or null
     bounced : why a GPU gets experts through a ring of pinned memory, which is slower; "" otherwise
     no_prefetch : why nothing was prefetched although that is configured; "" otherwise
     layers, layers_engaged : mixture-of-experts layers of the model, and those with a pool
@@ -125,6 +130,8 @@ def as_dict(report: Report) -> dict[str, Any]:
         "model": report.model,
         "policy": report.policy,
         "policy_file": report.policy_file,
+        "fitted_for": report.fitted_for,
+        "passed_over": report.passed_over,
         "mode": report.mode,
         "policy_error": report.policy_error,
         "bounced": report.bounced,
@@ -165,6 +172,15 @@ def summary(report: Report) -> str:
         return f"fate: not engaged because {report.reason}"
     totals = report.counters.totals()
     lines = [f"fate: engaged in {report.n_layers_engaged} of {layers} MoE layers, {what}"]
+    if report.passed_over:
+        lines.append(
+            f"  passed over   {report.passed_over}: it hit less than lru on its tests; "
+            "--fate-policy classifier takes it all the same"
+        )
+    if report.fitted_for and report.fitted_for != report.model:
+        lines.append(
+            f"  fitted for    {report.fitted_for}, and this is {report.model or 'a model without a name'}"
+        )
     if report.reason:
         lines.append(f"  not in all    {report.reason}")
     if report.bounced:

@@ -58,6 +58,11 @@ class Classifier(Policy):
     def wants_weights(self) -> bool:
         return self._fitted().weights
 
+    @property
+    def fitted_for(self) -> str:
+        """The name of the model whose routing it was fitted to, "" if it is not known."""
+        return str(self._fitted().meta.get("model") or "")
+
     def _fitted(self) -> Model:
         if self._loaded is None:
             self._loaded = model.load(self.model)
@@ -67,9 +72,12 @@ class Classifier(Policy):
         fitted = self._fitted()
         for what in ("n_experts", "k"):
             own, asked = getattr(fitted.shape, what).tolist(), getattr(geometry, what).tolist()
+            if len(own) != len(asked):
+                what, own, asked = "MoE layers:", len(own), len(asked)
             if own != asked:
                 raise PolicyConfigError(
-                    f"model: {self.model} was fitted for {what} {own}, and this model has {asked}"
+                    f"model: {self.model} was fitted for {what} {own}, and this model has {asked}; fit one "
+                    "on a trace of this model with `fate train`, or take another policy, such as lru"
                 )
         fitted.check_names(geometry.token_names)
         fitted.check_weights(geometry.tells_weights)

@@ -97,7 +97,8 @@ def _replay_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-sync",
         dest="sync",
         action="store_false",
-        help="scores act a step later, as a run's do by default (sync: false)",
+        help="scores act a step later, as those of Python policies in a run do by default (sync: false), but "
+        "not the classifier's, which the engine evaluates for the very token",
     )
     parser.add_argument(
         "--refresh-tokens", type=int, default=1, metavar="N", help="new scores every N tokens (default: 1)"

@@ -160,7 +160,13 @@ def make(spec: str) -> Policy:
     A .yaml file is read as `fate run` does; beside the registry's names there are those of `ALIASES`.
     """
     if spec.endswith((".yaml", ".yml")):
-        return config.make_policy(config.load(spec))
+        loaded = config.load(spec)
+        if loaded.policy == config.AUTO:
+            raise PolicyConfigError(
+                f"{spec}: policy auto is decided at a run, by the file beside the model; name one, such as "
+                "lru or classifier:model=NAME.fate.npz"
+            )
+        return config.make_policy(loaded)
     name, _, tail = spec.rpartition(":")
     if "=" not in tail:
         name, tail = spec, ""

@@ -179,6 +179,8 @@ class Config:
 
     chose_prefetch: bool = False
     """`prefetch` was `auto` before `settled`."""
+    passed_over: str = ""
+    """A fitted model that `auto` did not take, as it is worse than LRU."""
 
     def __post_init__(self) -> None:
         if self.prefetches and self.mode == "callback":
@@ -201,9 +203,21 @@ class Config:
 
         config = self
         if config.policy == AUTO:
-            takes = trained is not None and model.is_better_than_lru(trained)
-            name, params = ("classifier", {"model": str(trained)}) if takes else ("lru", {})
-            config = replace(config, policy=name, params=params)
+            named = config.params.get("model")
+            trained = trained if named is None else Path(named)
+            if trained is not None and model.is_better_than_lru(trained):
+                params = {**config.params, "model": str(trained)}
+                config = replace(config, policy="classifier", params=params)
+            elif config.asks_policy:
+                why = (
+                    "found no fitted model" if trained is None else f"found that {trained} hits less than lru"
+                )
+                raise PolicyConfigError(
+                    f"prefetch: {config.prefetch} needs a policy that predicts, and policy auto {why}; fit "
+                    "one with `fate train`, name a policy that predicts, or use prefetch: layer"
+                )
+            else:
+                config = replace(config, policy="lru", params={}, passed_over=str(trained or ""))
         if config.prefetch == AUTO:
             pays = config.policy == "classifier" and config.mode == "table" and not config.sync
             config = replace(config, prefetch="token" if pays else "off", chose_prefetch=True)
@@ -272,11 +286,13 @@ def load(path_or_name: str | Path = AUTO, overrides: Mapping[str, Any] | None = 
     policy = merged["policy"]
     if not isinstance(policy, str):
         raise checks.bad_value("policy", policy, "a name")
-    params = merged[policy] if policy in registry.BUILT_IN else merged["params"]
+    takes = "classifier" if policy == AUTO else policy  # whose parameters count
+    params = merged[takes] if takes in registry.BUILT_IN else merged["params"]
+    if policy == AUTO and params != reference[takes]:  # its faults are told even where lru is chosen
+        registry.get(takes)(**{**params, "model": params["model"] or AUTO})
     if policy in (AUTO, *registry.BUILT_IN) and merged["params"]:
-        under = "the name of the one that you want" if policy == AUTO else policy
         raise PolicyConfigError(
-            f"params: is for own policies, and policy is {policy}; write parameters under `{under}:`"
+            f"params: is for own policies, and policy is {policy}; write parameters under `{takes}:`"
         )
     slots = Slots.parse(merged["slots"])
     vram = None if merged["vram"] is None else parse_size("vram", merged["vram"])

@@ -180,20 +180,44 @@ class Model:
             np.savez_compressed(file, **arrays)
 
 
+def _fail(path: str | Path, fault: str) -> PolicyConfigError:
+    return PolicyConfigError(f"model: {path} {fault}; fit it with `fate train`")
+
+
+def _open(path: str | Path) -> Any:
+    """Open a file of `Model.save`; its arrays are read when they are asked for."""
+    try:
+        with Path(path).open("rb"):
+            pass
+    except FileNotFoundError:
+        raise _fail(path, "does not exist") from None
+    except OSError as error:
+        raise PolicyConfigError(f"model: {path} cannot be read: {error.strerror}") from error
+    if not zipfile.is_zipfile(path):
+        raise _fail(path, "is not a fitted model")
+    return np.load(path, allow_pickle=False)
+
+
+def _meta(path: str | Path, file: Any) -> dict[str, Any]:
+    meta: dict[str, Any] = json.loads(str(file["meta"]))
+    if meta["format"] != FORMAT or meta["version"] != VERSION:
+        raise _fail(path, f"is {meta['format']!r} version {meta['version']!r}, not {FORMAT!r} {VERSION}")
+    return meta
+
+
+_UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile)
+
+
 def load(path: str | Path) -> Model:
-    """Read a fitted model; anything that does not fit this version is an error."""
+    """Read a fitted model; anything that does not fit this version, or itself, is an error."""
 
     def fail(fault: str) -> PolicyConfigError:
-        return PolicyConfigError(f"model: {path} {fault}; fit it with `fate train`")
+        return _fail(path, fault)
 
     try:
-        if not zipfile.is_zipfile(path) and Path(path).exists():
-            raise fail("is not a fitted model")
-        with np.load(path, allow_pickle=False) as file:
+        with _open(path) as file:
             arrays = {name: file[name] for name in file.files}
-        meta = json.loads(str(arrays["meta"]))
-        if meta["format"] != FORMAT or meta["version"] != VERSION:
-            raise fail(f"is {meta['format']!r} version {meta['version']!r}, not {FORMAT!r} {VERSION}")
+            meta = _meta(path, file)
         weights = bool(meta.get("weights", False))
         checked: list[tuple[str, Any, Any]] = [("features", meta["inputs"], list(inputs(weights)))]
         if any(name.endswith("_estimators") for name in arrays):  # coefficients are read without it
@@ -215,7 +239,7 @@ def load(path: str | Path) -> Model:
             (_keys(arrays[f"{name}_keys"]), arrays[f"{name}_n"], arrays[f"{name}_sums"])
             for name in ("tokens", "pairs")
         )
-        return Model(
+        made = Model(
             shape=Shape(arrays["n_experts"], arrays["k"]),
             **{name: arrays[name].astype(np.float32) for name in ("basis", "spread", "ahead")},
             **{name: arrays[name] for name in ("center", "squeeze", "mean")},
@@ -224,15 +248,55 @@ def load(path: str | Path) -> Model:
             meta=meta,
             weights=weights,
         )
-    except FileNotFoundError:
-        raise fail("does not exist") from None
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        raise fail(f"cannot be read: {error!r}") from error
+        _check(made)
+        return made
+    except _UNREADABLE as error:
+        raise fail(f"cannot be read: {error}") from error
+
+
+def _check(made: Model) -> None:
+    """Raise `ValueError` unless all arrays are of the sizes that belong together, and finite."""
+    n_experts, k = made.shape.n_experts, made.shape.k
+    if n_experts.ndim != 1 or n_experts.shape != k.shape or not len(k):
+        raise ValueError(f"n_experts and k have shapes {n_experts.shape} and {k.shape}")
+    if not ((k >= 1) & (k <= n_experts)).all():
+        raise ValueError(f"k {k.tolist()} of n_experts {n_experts.tolist()}")
+    n_layers, width = made.shape.table
+    size, n_inputs = n_layers * width, len(made.inputs)
+    rank_basis, rank = made.basis.shape[-1], made.squeeze.shape[-1]
+    found: dict[str, tuple[NDArray[Any], tuple[int, ...]]] = {
+        "basis": (made.basis, (size, rank_basis)),
+        "center": (made.center, (rank_basis,)),
+        "squeeze": (made.squeeze, (features.N_CONTEXTS * rank_basis, rank)),
+        "spread": (made.spread, (rank, len(TARGETS), size)),
+        "mean": (made.mean, (len(TARGETS), size)),
+    }
+    if made.ahead.size:
+        found["ahead"] = made.ahead, (AHEAD, n_layers, AHEAD_LAYERS * width, width)
+    for i, head in enumerate(made.heads):
+        found[f"head{i}_coef"] = head.coef, (n_layers, n_inputs)
+        found[f"head{i}_intercept"] = head.intercept, (n_layers,)
+        found[f"head{i}_bonus"] = head.bonus, (n_layers,)
+    for name, columns, (keys, n, sums) in zip(
+        ("tokens", "pairs"), (size + rank_basis, size), made.tables, strict=False
+    ):
+        if keys:
+            found[f"{name}_n"] = n, (len(keys), 2)
+            found[f"{name}_sums"] = sums, (len(keys), 2, columns)
+    for name, (array, shape) in found.items():
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}, which belongs to {shape}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} holds numbers that are not finite")
 
 
 def is_better_than_lru(path: Path) -> bool:
     """Tell whether a fitted model hits more than LRU on what `fate train` tested it on, or was not tested."""
-    tests = load(path).meta.get("held_out", {})
+    try:
+        with _open(path) as file:
+            tests = _meta(path, file).get("held_out", {})
+    except _UNREADABLE as error:
+        raise _fail(path, f"cannot be read: {error}") from error
     rows = [row for test in tests.values() for row in test]
     return not rows or sum(row["sync"] for row in rows) > sum(row["lru"] for row in rows)
 

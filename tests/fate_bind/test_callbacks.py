@@ -475,7 +475,7 @@ def test_a_wrong_prediction_is_raised_as_itself(fake: Library, model: Path) -> N
 def test_prefetch_that_cannot_act_is_said(fake: Library, model: Path) -> None:
     with Session(model, policy=Predicting(), prefetch="token") as session:
         session.logits(TOKENS)
-        assert session.stats()["no_prefetch"].endswith("set sync: true")
+        assert session.stats()["no_prefetch"].endswith("set sync (--fate-sync)")
     with Session(model, policy=Predicting(), slots=2, prefetch="token", sync=True) as session:
         session.logits(TOKENS)
         assert (

@@ -23,6 +23,7 @@ from fate_bind.linear import NativeLinear
 from fate_policy import cost, data, features, model, trace, train
 from fate_policy.base import Geometry, Step
 from fate_policy.classifier import MOST_ROWS, Classifier
+from fate_policy.errors import PolicyError
 from fate_policy.linear import LinearModel
 from fate_policy.model import Model
 
@@ -329,8 +330,13 @@ def test_what_cannot_be_is_refused() -> None:
     assert linear is not None
     with pytest.raises(EngineError, match="n_history 32: expected more than FATE_LINEAR_FOLLOW"):
         NativeLinear(replace(linear, n_history=features.FOLLOW))
-    with pytest.raises(ValueError, match=r"33.*expected 3 layers, 34 features"):
+    with pytest.raises(PolicyError, match=r"linear\(\): weights has shape \(3, 33\); expected \(3, 34\)"):
         NativeLinear(replace(linear, now=replace(linear.now, weights=linear.now.weights[:, :-1])))
+    for name in ("basis", "center", "squeeze"):
+        with pytest.raises(PolicyError, match=rf"linear\(\): {name} has shape"):
+            NativeLinear(replace(linear, **{name: getattr(linear, name)[:-1]}))  # read past its end otherwise
+    with pytest.raises(PolicyError, match=r"linear\(\): sums has shape"):
+        NativeLinear(replace(linear, pairs=replace(linear.pairs, sums=linear.pairs.sums[:, :, 1:])))
     ids = np.zeros((3, 4), np.int32)
     ids[0, 0] = 8
     with pytest.raises(EngineError, match="expert 8 of layer 0: expected -1 to 7"):

@@ -387,4 +387,9 @@ def test_what_prefetch_did_is_said_only_where_it_did_something() -> None:
 def test_a_policy_that_predicts_nothing_is_refused_before_a_model_loads(run) -> None:
     code, _, err = run("--fate-prefetch", "token")
     assert code == 1
+    assert (
+        "prefetch: token needs a policy that predicts, and policy auto found no fitted model; fit one" in err
+    )
+    code, _, err = run("--fate-prefetch", "token", "--fate-policy", "lru")
+    assert code == 1
     assert "fate: error: prefetch: policy lru has no predict(); use the classifier or another" in err

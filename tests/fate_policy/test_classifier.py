@@ -234,6 +234,26 @@ def test_coefficients_need_no_scikit_learn(fitted: Model, tmp_path: Path) -> Non
     assert model.load(path).meta["sklearn"] == "0.1"
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["basis", "center", "squeeze", "spread", "mean", "head0_coef", "head1_bonus", "tokens_sums", "ahead"],
+)
+def test_a_file_that_was_cut_or_spoilt_is_refused(name: str, fitted: Model, tmp_path: Path) -> None:
+    """What reads it in native code counts on its sizes."""
+    path = tmp_path / "m.npz"
+    fitted.save(path)
+    with np.load(path) as file:
+        arrays = {key: file[key] for key in file.files}
+    np.savez(path, **{**arrays, name: arrays[name][:-1]})
+    with pytest.raises(PolicyConfigError, match=f"cannot be read: {name} has shape .*, which belongs to"):
+        model.load(path)
+    spoilt = arrays[name].copy()
+    spoilt.flat[0] = np.nan
+    np.savez(path, **{**arrays, name: spoilt})
+    with pytest.raises(PolicyConfigError, match=f"cannot be read: {name} holds numbers that are not finite"):
+        model.load(path)
+
+
 def test_files_that_are_no_model(tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_text("text", encoding="utf-8")
     np.savez(tmp_path / "other.npz", meta=np.array(json.dumps({})))
@@ -272,7 +292,9 @@ def test_products_in_pieces_are_those_of_the_whole(shape: tuple[int, int]) -> No
 
 
 def test_another_geometry_is_an_error(fitted: Model) -> None:
-    with pytest.raises(PolicyConfigError, match="was fitted for n_experts"):
+    with pytest.raises(
+        PolicyConfigError, match="was fitted for MoE layers: 24, and this model has 3; fit one"
+    ):
         Driver(Classifier.of(fitted), SYNTHETIC)
     with pytest.raises(PolicyConfigError, match="was fitted for k"):
         Driver(Classifier.of(fitted), geometry([32] * 24, [2] * 24, [8] * 24))

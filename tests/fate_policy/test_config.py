@@ -19,6 +19,7 @@ from fate_policy.frequency import Frequency
 from fate_policy.lru import LRU
 from fate_policy.prefetch_rule import Prefetch
 
+CLASSIFIER = {"model": None, "learn": True, "evict_by": "scores", "table_mb": 256}
 REFERENCE = Path(config_module.__file__).with_name("reference.yaml")
 
 
@@ -29,7 +30,7 @@ def written(folder: Path, text: str) -> Path:
 
 
 def test_reference_is_the_defaults() -> None:
-    assert load(REFERENCE) == load() == Config("auto", {}, "table", Slots("auto"), False, 1)
+    assert load(REFERENCE) == load() == Config("auto", CLASSIFIER, "table", Slots("auto"), False, 1)
 
 
 def test_reference_has_a_block_for_every_built_in_policy() -> None:
@@ -77,7 +78,7 @@ def test_auto_is_lru_without_a_fitted_model() -> None:
     config = load().settled()
     assert (config.policy, config.params, config.prefetch) == ("lru", {}, "off")
     assert type(make_policy(load())) is LRU
-    with pytest.raises(PolicyConfigError, match="policy is auto; write parameters under"):
+    with pytest.raises(PolicyConfigError, match="policy is auto; write parameters under `classifier:`"):
         load("auto", {"params": {"a": 1}})
 
 
@@ -91,11 +92,21 @@ def test_auto_takes_a_fitted_model_unless_it_is_worse_than_lru(tmp_path: Path) -
         replace(fitted, meta=meta).save(path)
         config = load().settled(path)
         assert config.policy == ("classifier" if taken else "lru")
-        assert config.params == ({"model": str(path)} if taken else {})
+        assert config.params == ({**CLASSIFIER, "model": str(path)} if taken else {})
+        assert config.passed_over == ("" if taken else str(path))
         assert config.prefetch == ("token" if taken else "off")
         assert load("lru").settled(path).policy == "lru"
+        given = load("auto", {"classifier": {"learn": False, "model": str(path)}}).settled()
+        assert given.params == ({**CLASSIFIER, "learn": False, "model": str(path)} if taken else {})
+        if not taken:
+            with pytest.raises(PolicyConfigError, match="prefetch: token needs a policy that predicts"):
+                load("auto", {"prefetch": "token"}).settled(path)
+    with pytest.raises(PolicyConfigError, match="evict_by: 7 is not allowed"):
+        load("auto", {"classifier": {"evict_by": 7}})
     with pytest.raises(PolicyConfigError, match="is not a fitted model"):
         load().settled(written(tmp_path, "not a model"))
+    with pytest.raises(PolicyConfigError, match="cannot be read: Is a directory"):
+        load().settled(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +206,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("prefetch: both\nmode: callback", "prefetch: both works in table mode, and mode is callback here"),
         ("frequency: 16", "frequency: 16 is not allowed; expected a mapping"),
         ("slots: many", "slots: 'many' is not allowed; expected a count"),
-        ("params: {a: 1}", "params: is for own policies, and policy is auto; write parameters under"),
+        ("params: {a: 1}", "params: is for own policies, and policy is auto; write parameters under `cl"),
         ("policy: lru\nparams: {a: 1}", "and policy is lru; write parameters under `lru:`"),
         ("- lru", "expected keys and values, found list"),
         ("lru", "expected keys and values, found str"),

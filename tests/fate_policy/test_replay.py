@@ -268,6 +268,7 @@ def test_a_hand_counted_prefetch() -> None:
         "prefetches": 2,
         "prefetch_useful": 1,
         "prefetch_wasted": 1,
+        "prefetch_hidden": 10,
         "tokens": 5,
         "steps": 5,
     }
