@@ -3,6 +3,7 @@
 
 #include "linear_math.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
