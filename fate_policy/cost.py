@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fate_policy.features import N_CONTEXTS, Shape
 from fate_policy.model import AHEAD, TARGETS, Head, Model, Scorer, inputs
-from fate_policy.train import Options
+from fate_policy.train import Options, served_rank
 
 
 def untrained(n_experts: Sequence[int], k: Sequence[int], seed: int = 0, weights: bool = False) -> Model:
@@ -19,7 +19,7 @@ def untrained(n_experts: Sequence[int], k: Sequence[int], seed: int = 0, weights
     rng = np.random.default_rng(seed)
     shape = Shape(np.array(n_experts, np.int32), np.array(k, np.int32))
     n = shape.table[0] * shape.table[1]
-    rank = min(Options.rank_basis, n)
+    rank, served = min(Options.rank_basis, n), served_rank(shape, Options.rank)
 
     def numbers(*size: int) -> NDArray[np.float32]:
         return rng.standard_normal(size, np.float32) * np.float32(0.1)
@@ -41,8 +41,8 @@ def untrained(n_experts: Sequence[int], k: Sequence[int], seed: int = 0, weights
         shape=shape,
         basis=basis,
         center=numbers(rank),
-        squeeze=numbers(n_context, Options.rank),
-        spread=numbers(Options.rank, len(TARGETS), n),
+        squeeze=numbers(n_context, served),
+        spread=numbers(served, len(TARGETS), n),
         mean=numbers(len(TARGETS), n),
         heads=heads,
         ahead=np.zeros((AHEAD, 0, 0, 0), np.float32),
