@@ -7,6 +7,7 @@ import copy
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class Host:
         times: bool = False,
         stage_all: bool = False,
     ) -> None:
-        self.config = config = config.settled()
+        config = config.settled()
         self.record = record
         self.require = require
         self.throttle_gbps = throttle_gbps
@@ -69,6 +70,9 @@ class Host:
             _check_record(record)
         self._given = policy
         first = make_policy(config) if policy is None else policy
+        if config.chose_prefetch and not getattr(first, "is_linear", True):  # Python would predict, too late
+            config = replace(config, prefetch="off")
+        self.config = config
         check_mode(first, config.mode)
         self.prefetches = config.prefetches and config.mode == "table"
         self.asks_policy = config.asks_policy and self.prefetches

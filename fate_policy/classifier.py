@@ -135,13 +135,18 @@ class Classifier(Policy):
         flat = experts + np.arange(0, odds.size, odds.shape[1], dtype=np.int32)[:, None]
         return experts, model.chance(odds.ravel()[flat])
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether the engine can evaluate it; else Python does, with scikit-learn slower than a token."""
+        fitted = self._fitted()
+        asked = [head for head in fitted.heads if head.kind in ("now", "keep")]
+        return not fitted.weights and all(head.estimators is None for head in asked)
+
     def linear(self) -> LinearModel | None:
-        if type(self) is not Classifier:  # what derives from it may decide otherwise
+        if type(self) is not Classifier or not self.is_linear:  # what derives from it may decide otherwise
             return None
         assert self._loaded is not None
         now, keep = self._scorers["now"], None if self.evict_by == "lru" else self._scorers["keep"]
-        if self._loaded.weights or not now.is_linear or not (keep is None or keep.is_linear):
-            return None
         return self._loaded.linear(self._state, now, keep)
 
     def _kind(self, history: History) -> str:

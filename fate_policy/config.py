@@ -219,7 +219,8 @@ class Config:
             else:
                 config = replace(config, policy="lru", params={}, passed_over=str(trained or ""))
         if config.prefetch == AUTO:
-            pays = config.policy == "classifier" and config.mode == "table" and not config.sync
+            is_at_once = config.mode == "table" and not config.sync and config.refresh_tokens == 1
+            pays = config.policy == "classifier" and is_at_once
             config = replace(config, prefetch="token" if pays else "off", chose_prefetch=True)
         return config
 

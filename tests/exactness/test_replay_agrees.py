@@ -249,6 +249,19 @@ def test_without_sync_the_engine_evaluates_the_classifier_itself(
     assert replay(trace, "lru") != engine
 
 
+def test_what_python_would_evaluate_does_not_prefetch_by_itself(profile: Path) -> None:
+    for weights, prefetch in ((False, "token"), (True, "off")):
+        policy = Classifier.of(fitted_on(profile, weights))
+        with Session(args=ARGS, policy=policy, slots=10) as session:
+            session.logits(session.tokenize(TEXT))
+            assert session._host is not None
+            assert session._host.config.prefetch == prefetch
+        policy = Classifier.of(fitted_on(profile, weights))
+        with Session(args=ARGS, policy=policy, slots=10, prefetch="both") as session:
+            assert session._host is not None
+            assert session._host.config.prefetch == "both"
+
+
 def test_a_look_at_the_record_changes_nothing(profile: Path, tmp_path: Path) -> None:
     """It hands over the last step early; of steps of several tokens scores are published behind them."""
     fitted, found = fitted_on(profile), []

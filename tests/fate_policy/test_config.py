@@ -115,6 +115,7 @@ def test_auto_takes_a_fitted_model_unless_it_is_worse_than_lru(tmp_path: Path) -
         ("classifier", {}, "token"),
         ("classifier", {"sync": True}, "off"),
         ("classifier", {"mode": "callback"}, "off"),
+        ("classifier", {"refresh_tokens": 4}, "off"),
         ("classifier", {"prefetch": "off"}, "off"),
         ("classifier", {"prefetch": "both"}, "both"),
         ("frequency", {}, "off"),
