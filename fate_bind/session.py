@@ -135,7 +135,8 @@ class Session:
     args
         Flags of llama-completion, such as `["-c", "4096", "-t", "8"]`.
     policy, slots, mode, sync, vram, prefetch, prefetch_threshold, prefetch_experts
-        See `resolve_config`. The default is LRU over as many slots as fit.
+        See `resolve_config`. The default is LRU, or the classifier fitted for the model (`policy: auto`),
+        over as many slots as fit.
     record
         Where to write the routing trace; True: a temporary file that lives as long as the session.
     require

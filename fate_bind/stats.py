@@ -104,7 +104,7 @@ def as_dict(report: Report) -> dict[str, Any]:
     policy_file : of the fitted model that decides, or null;  fitted_for : the name of the model whose routing
         it was fitted to, "" if not known;  passed_over : a file that `auto` found worse than LRU, or null
     bounced : why a GPU gets experts through a ring of pinned memory, which is slower; "" otherwise
-    no_prefetch : why nothing was prefetched although that is configured; "" otherwise
+    no_prefetch : why nothing can be prefetched although that was asked for; "" otherwise
     layers, layers_engaged : mixture-of-experts layers of the model, and those with a pool
     slots, pool_bytes : of all layers together
     routed ... evictions, rows, rows_all_resident, bytes, prefetch..., tokens, steps, all_resident : see

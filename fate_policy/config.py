@@ -205,7 +205,7 @@ class Config:
         if config.policy == AUTO:
             named = config.params.get("model")
             trained = trained if named is None else Path(named)
-            if trained is not None and model.is_better_than_lru(trained):
+            if trained is not None and not model.is_worse_than_lru(trained):
                 params = {**config.params, "model": str(trained)}
                 config = replace(config, policy="classifier", params=params)
             elif config.asks_policy:

@@ -208,12 +208,13 @@ def _meta(path: str | Path, file: Any) -> dict[str, Any]:
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile)
 
 
+def _unreadable(path: str | Path, error: Exception) -> PolicyConfigError:
+    lacks = "it lacks " if isinstance(error, KeyError) else ""
+    return _fail(path, f"cannot be read: {lacks}{error}")
+
+
 def load(path: str | Path) -> Model:
     """Read a fitted model; anything that does not fit this version, or itself, is an error."""
-
-    def fail(fault: str) -> PolicyConfigError:
-        return _fail(path, fault)
-
     try:
         with _open(path) as file:
             arrays = {name: file[name] for name in file.files}
@@ -224,7 +225,7 @@ def load(path: str | Path) -> Model:
             checked.append(("scikit-learn", meta["sklearn"], version("scikit-learn")))
         for what, found, expected in checked:
             if found != expected:
-                raise fail(f"was fitted with {what} {found}, and this is {expected}")
+                raise _fail(path, f"was fitted with {what} {found}, and this is {expected}")
         heads = []
         for i, about in enumerate(meta["heads"]):
             fitted = arrays.get(f"head{i}_estimators")
@@ -251,7 +252,7 @@ def load(path: str | Path) -> Model:
         _check(made)
         return made
     except _UNREADABLE as error:
-        raise fail(f"cannot be read: {error}") from error
+        raise _unreadable(path, error) from error
 
 
 def _check(made: Model) -> None:
@@ -290,15 +291,15 @@ def _check(made: Model) -> None:
             raise ValueError(f"{name} holds numbers that are not finite")
 
 
-def is_better_than_lru(path: Path) -> bool:
-    """Tell whether a fitted model hits more than LRU on what `fate train` tested it on, or was not tested."""
+def is_worse_than_lru(path: Path) -> bool:
+    """Tell whether a fitted model is known to hit less than LRU on what `fate train` tested it on."""
     try:
         with _open(path) as file:
             tests = _meta(path, file).get("held_out", {})
     except _UNREADABLE as error:
-        raise _fail(path, f"cannot be read: {error}") from error
+        raise _unreadable(path, error) from error
     rows = [row for test in tests.values() for row in test]
-    return not rows or sum(row["sync"] for row in rows) > sum(row["lru"] for row in rows)
+    return bool(sum(row["sync"] for row in rows) < sum(row["lru"] for row in rows))
 
 
 def _keys(array: NDArray[np.int64]) -> list[Any]:

@@ -192,7 +192,7 @@ def run(args: argparse.Namespace) -> int:
     _plot(report, target.with_suffix(".png"))
     print(as_text(report))
     say(f"wrote {args.output}, {config}, {target} and {target.with_suffix('.png')}")
-    if not model.is_better_than_lru(args.output):
+    if model.is_worse_than_lru(args.output):
         say("it hits less than lru on these tests: a run takes it only with --fate-policy classifier")
     if fitted.meta["tokens"] != "id":
         say(f"for replay only: the trace names tokens by {fitted.meta['tokens']}, and a run names them by id")

@@ -47,24 +47,19 @@ fate_cuda_prefetch::~fate_cuda_prefetch() {
 
 // How long the copy of an expert takes, of those of all layers on average, alone on the link, which is measured with many experts in a row.
 double fate_cuda_prefetch::ns_per_expert(const fate_device_config & config) {
-    size_t total = 0;
-    size_t most  = 0;
+    size_t                     total     = 0;
+    const fate_device_tensor * largest   = nullptr;
+    int32_t                    n_experts = 0; // of its layer
     for (const fate_device_layer & layer : config.layers) {
         for (const fate_device_tensor & t : layer.tensors) {
             total += t.expert_bytes;
-            most = std::max(most, t.expert_bytes);
-        }
-    }
-    const fate_device_tensor * largest   = nullptr;
-    int32_t                    n_experts = 0;
-    for (const fate_device_layer & layer : config.layers) {
-        for (const fate_device_tensor & t : layer.tensors) {
-            if (t.expert_bytes == most) {
+            if (!largest || t.expert_bytes > largest->expert_bytes) {
                 largest   = &t;
                 n_experts = layer.n_experts;
             }
         }
     }
+    const size_t       most    = largest->expert_bytes;
     const size_t       n_bytes = std::min(most * static_cast<size_t>(n_experts), std::max(most, MEASURED_BYTES));
     device_array<char> to;
     fate_cuda_event    began, ended;
@@ -207,7 +202,6 @@ void fate_cuda_prefetch::reset(cudaStream_t stream) {
 
 void fate_cuda_prefetch::begin(const fate_cuda_layer * layers, bool is_told, const fate_worth_seen & seen, cudaStream_t stream) {
     join(stream);
-    is_busy_          = false;
     const int64_t now = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
     rests_            = !waits_ && !worth_.begin(is_told, seen, now);
     looks_            = is_told && n_views_ > 0 && !rests_;
@@ -221,6 +215,7 @@ void fate_cuda_prefetch::join(cudaStream_t stream) {
         FATE_CUDA(cudaEventRecord(ended_[i].handle, i == 0 ? side_ : planner_));
         FATE_CUDA(cudaStreamWaitEvent(stream, ended_[i].handle, 0));
     }
+    is_busy_ = false;
 }
 
 void fate_cuda_prefetch::look_on(const fate_cuda_layer * layers, size_t from, cudaStream_t stream) {

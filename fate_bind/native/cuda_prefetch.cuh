@@ -158,8 +158,8 @@ static __global__ void __launch_bounds__(FATE_BESIDE_THREADS) fate_plan(const fa
     __shared__ fate_cuda_planning s;
     const fate_cuda_layer &       layer = layers[blockIdx.x];
     const float *                 row   = chances + static_cast<int64_t>(index[blockIdx.x]) * stride;
-    for (int32_t e = threadIdx.x; e < layer.n_experts;
-         e += blockDim.x) { // from the host before the gate is held, for which the layer's op would wait
+    // from the host before the gate is held, for which the layer's op would wait
+    for (int32_t e = threadIdx.x; e < layer.n_experts; e += blockDim.x) {
         s.chance[e] = row[e];
     }
     __syncthreads();

@@ -383,7 +383,7 @@ void fate_engine::foresee() {
         linear_->scores(scores_.data(), bonus_.data());
         publish(false);
     }
-    if (!chances_.empty()) {
+    if (!chances_.empty() && !devices_.empty()) { // beside the step only a GPU brings them in
         linear_->chances(chances_.data());
         predicted_ = true;
     }

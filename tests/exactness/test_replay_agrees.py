@@ -242,6 +242,7 @@ def test_without_sync_the_engine_evaluates_the_classifier_itself(
     engine, trace = session.counters(), load(path)
     native = replay(trace, NativeClassifier(fitted), sync=True)
     assert engine == native, f"{engine.totals()}\n{native.totals()}"
+    assert trace.meta["linear"]
     near = replay(trace, Classifier.of(fitted), sync=True)
     late = replay(trace, Classifier.of(fitted), sync=False)
     assert abs(engine.hits.sum() - near.hits.sum()) < 0.01 * near.hits.sum()  # sums in another order

@@ -18,7 +18,9 @@ ARCH = "gfx1030"
 """Of RDNA 2, whose waves have 32 threads; the oldest compiler tried, 5.2, knows it."""
 
 
-@pytest.mark.skipif(shutil.which("hipcc") is None, reason="no hipcc")
+@pytest.mark.skipif(
+    shutil.which("hipcc") is None, reason="hipcc was not found; install it to compile the GPU code for HIP"
+)
 @pytest.mark.parametrize("name", [*sorted(path.name for path in NATIVE.glob("cuda_*.cu")), "pin.cpp"])
 def test_a_hip_compiler_takes_it(name: str, tmp_path: Path) -> None:
     source = Path(json.loads((ROOT / "build" / "active.json").read_text(encoding="utf-8"))["source_dir"])
