@@ -1,16 +1,19 @@
-// What a kernel that stays beside a captured graph costs it: nvcc -O3
-// -std=c++17 -arch=native bench/beside.cu -o beside && ./beside
+// What runs beside a captured graph costs it: nvcc -O3 -std=c++17
+// -arch=native bench/beside.cu -o beside && ./beside
 //
 // The graph stands for a token: 960 kernels that read VRAM, one after another,
 // chained as llama.cpp chains them (programmatic dependent launch) or not.
-// Beside it stays a kernel of some blocks until the graph's last kernel says
-// so: asleep, watching a word, or as many as prefetch watches, with fences or
-// without, in a stream of high, the same or low priority. Printed: microseconds
-// a graph, medians, and the ratio to the graph alone, measured right before.
+// Beside it, of some blocks: a kernel that stays until the graph's last kernel
+// says so; a kernel on a branch behind every 20th, for so long; one that copies
+// pieces of 64 KB from host memory, or the copy engine. Printed: the ratio of a
+// graph's time to that of the graph alone, medians, and how fast the copies are
+// alone.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <functional>
 #include <vector>
 
 #include <cuda_runtime.h>
@@ -24,10 +27,19 @@
         }                                                                  \
     } while (0)
 
-static const int    N_KERNELS = 960;
-static const size_t N_BYTES   = size_t(1) << 30;
-static const size_t EACH      = 1 << 20; // bytes that a kernel reads
-static const int    N_WORDS   = 48;
+static const int      N_KERNELS    = 960;
+static const int      N_PER_BRANCH = 20;
+static const size_t   N_BYTES      = size_t(1) << 30;
+static const size_t   EACH         = 1 << 20; // bytes that a kernel reads
+static const int      PIECE_UNITS  = 4096;
+static const uint32_t N_PIECES     = 1900;    // copied beside a graph: about its time at 50 GB/s
+static const int      N_GRAPHS     = 20;      // of a median
+
+static __device__ uint64_t now_ns() {
+    uint64_t now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    return now;
+}
 
 __global__ void work(const uint4 * data, size_t n, uint32_t * out, uint32_t * over, int is_last) {
 #if __CUDA_ARCH__ >= 900
@@ -47,66 +59,85 @@ __global__ void work(const uint4 * data, size_t n, uint32_t * out, uint32_t * ov
     }
 }
 
-enum kind { ASLEEP, WORD, WORD_FENCED, WORDS, WORDS_FENCED, N_KINDS };
-
-__global__ void __launch_bounds__(1024) stay(const uint32_t * over, uint32_t until, const uint32_t * words, uint32_t * out, int what,
-                                             int pause) {
+__global__ void __launch_bounds__(1024) stay(const uint32_t * over, uint32_t until) {
     __shared__ uint32_t s_over;
-    uint32_t            seen = 0;
+    do {
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            __nanosleep(200);
+            s_over = *const_cast<const volatile uint32_t *>(over);
+        }
+        __syncthreads();
+    } while (s_over < until);
+}
+
+__global__ void __launch_bounds__(1024) pass(uint64_t ns) {
+    const uint64_t began = now_ns();
+    while (now_ns() - began < ns) {
+        __nanosleep(100);
+    }
+}
+
+template <int THREADS, int LOADS> __global__ void __launch_bounds__(THREADS) copy(const uint4 * from, uint4 * to, uint32_t * claimed) {
+    __shared__ uint32_t s_piece;
     for (;;) {
         __syncthreads();
         if (threadIdx.x == 0) {
-            if (what == ASLEEP) {
-                for (int i = 0; i < 20; ++i) {
-                    __nanosleep(1000);
-                }
-            }
-            s_over = *const_cast<const volatile uint32_t *>(over);
-            if (what == WORD_FENCED || what == WORDS_FENCED) {
-                __threadfence();
-            }
-        }
-        if (what >= WORDS && threadIdx.x < N_WORDS) {
-            for (int i = 0; i < 4; ++i) {
-                seen += const_cast<const volatile uint32_t *>(words)[threadIdx.x * 64 + i];
-            }
-            if (what == WORDS_FENCED) {
-                __threadfence();
-            }
+            s_piece = atomicAdd(claimed, 1);
         }
         __syncthreads();
-        if (s_over >= until) {
-            break;
+        const size_t first = size_t(s_piece) * PIECE_UNITS + threadIdx.x;
+        if (s_piece >= N_PIECES) {
+            return;
         }
-        if (threadIdx.x == 0 && what != ASLEEP) {
-            __nanosleep(pause);
+        for (int done = 0; done < PIECE_UNITS / THREADS; done += LOADS) {
+            uint4 data[LOADS];
+#pragma unroll
+            for (int i = 0; i < LOADS; ++i) {
+                data[i] = __ldcs(from + first + (done + i) * THREADS);
+            }
+#pragma unroll
+            for (int i = 0; i < LOADS; ++i) {
+                to[first + (done + i) * THREADS] = data[i];
+            }
         }
+        __threadfence();
     }
-    if (seen == 12345) {
-        *out = seen;
-    }
+}
+
+static float median(std::vector<float> all) {
+    std::sort(all.begin(), all.end());
+    return all[all.size() / 2];
 }
 
 int main() {
     uint4 *    data;
     uint32_t * words;
+    char *     host;
+    uint4 *    to;
     CHECK(cudaMalloc(&data, N_BYTES));
     CHECK(cudaMemset(data, 1, N_BYTES));
     CHECK(cudaMalloc(&words, 1 << 20));
     CHECK(cudaMemset(words, 0, 1 << 20));
-    uint32_t * over = words + (1 << 17);
-    uint32_t * out  = words + (1 << 17) + 64;
-    int        low, high;
+    CHECK(cudaHostAlloc(&host, size_t(N_PIECES) * PIECE_UNITS * sizeof(uint4), 0));
+    memset(host, 3, size_t(N_PIECES) * PIECE_UNITS * sizeof(uint4));
+    CHECK(cudaMalloc(&to, size_t(N_PIECES) * PIECE_UNITS * sizeof(uint4)));
+    uint32_t *    claimed = words;
+    uint32_t *    over    = words + (1 << 17);
+    uint32_t *    out     = words + (1 << 17) + 64;
+    const uint4 * from    = reinterpret_cast<const uint4 *>(host);
+    int           low, high;
     CHECK(cudaDeviceGetStreamPriorityRange(&low, &high));
-    cudaStream_t main_stream, side[3];
+    cudaStream_t main_stream, side;
     CHECK(cudaStreamCreateWithFlags(&main_stream, cudaStreamNonBlocking));
-    CHECK(cudaStreamCreateWithPriority(&side[0], cudaStreamNonBlocking, high));
-    CHECK(cudaStreamCreateWithPriority(&side[1], cudaStreamNonBlocking, 0));
-    CHECK(cudaStreamCreateWithPriority(&side[2], cudaStreamNonBlocking, low));
-    cudaEvent_t began, ended;
-    CHECK(cudaEventCreate(&began));
-    CHECK(cudaEventCreate(&ended));
-    for (int chained = 1; chained >= 0; --chained) {
+    CHECK(cudaStreamCreateWithPriority(&side, cudaStreamNonBlocking, high));
+    cudaEvent_t began, ended, forked, joined;
+    for (cudaEvent_t * event : { &began, &ended, &forked, &joined }) {
+        CHECK(cudaEventCreate(event));
+    }
+
+    // n_blocks 0: no branches
+    const auto capture = [&](bool chained, int n_blocks, int n_threads, uint64_t ns) {
         cudaGraph_t     graph;
         cudaGraphExec_t exec;
         CHECK(cudaStreamBeginCapture(main_stream, cudaStreamCaptureModeRelaxed));
@@ -120,56 +151,93 @@ int main() {
             config.stream                                        = main_stream;
             config.attrs                                         = &attribute;
             config.numAttrs                                      = chained;
-            const uint4 * from                                   = data + (size_t(i) * EACH % N_BYTES) / 16;
-            CHECK(cudaLaunchKernelEx(&config, work, from, EACH / 16, out, over, int(i == N_KERNELS - 1)));
+            const uint4 * at                                     = data + (size_t(i) * EACH % N_BYTES) / 16;
+            CHECK(cudaLaunchKernelEx(&config, work, at, EACH / 16, out, over, int(i == N_KERNELS - 1)));
+            if (n_blocks > 0 && i % N_PER_BRANCH == 3) {
+                CHECK(cudaEventRecord(forked, main_stream));
+                CHECK(cudaStreamWaitEvent(side, forked, 0));
+                pass<<<n_blocks, n_threads, 0, side>>>(ns);
+                CHECK(cudaEventRecord(joined, side));
+            }
+        }
+        if (n_blocks > 0) {
+            CHECK(cudaStreamWaitEvent(main_stream, joined, 0));
         }
         CHECK(cudaStreamEndCapture(main_stream, &graph));
         CHECK(cudaGraphInstantiate(&exec, graph, 0));
-        uint32_t   n_graphs = 0;
-        const auto time     = [&](int n_blocks, int n_threads, int what, int pause, cudaStream_t on) {
-            std::vector<float> us;
-            CHECK(cudaMemcpy(&n_graphs, over, sizeof(n_graphs), cudaMemcpyDeviceToHost));
-            for (int i = 0; i < 24; ++i) {
-                CHECK(cudaEventRecord(began, main_stream));
-                ++n_graphs;
-                if (n_blocks > 0) {
-                    stay<<<n_blocks, n_threads, 0, on>>>(over, n_graphs, words, out, what, pause);
-                }
-                CHECK(cudaGraphLaunch(exec, main_stream));
-                CHECK(cudaEventRecord(ended, main_stream));
+        CHECK(cudaGraphDestroy(graph));
+        return exec;
+    };
+    // beside: told how many graphs will have ended with this one
+    const auto time = [&](cudaGraphExec_t exec, const std::function<void(uint32_t)> & beside) {
+        std::vector<float> us;
+        uint32_t           n_graphs = 0;
+        CHECK(cudaMemcpy(&n_graphs, over, sizeof(n_graphs), cudaMemcpyDeviceToHost));
+        for (int i = 0; i < N_GRAPHS; ++i) {
+            CHECK(cudaMemset(claimed, 0, sizeof(*claimed)));
+            CHECK(cudaDeviceSynchronize());
+            CHECK(cudaEventRecord(began, main_stream));
+            beside(++n_graphs);
+            CHECK(cudaGetLastError());
+            CHECK(cudaGraphLaunch(exec, main_stream));
+            CHECK(cudaEventRecord(ended, main_stream));
+            CHECK(cudaDeviceSynchronize());
+            float ms;
+            CHECK(cudaEventElapsedTime(&ms, began, ended));
+            us.push_back(1000 * ms);
+        }
+        return median(us);
+    };
+    const auto nothing = [](uint32_t) {
+    };
+
+    struct copier {
+        const char *          name;
+        std::function<void()> launch;
+    };
+
+    const copier copiers[] = {
+        { "8 x 1024, 4 loads", [&] { copy<1024, 4><<<8, 1024, 0, side>>>(from, to, claimed); }                                              },
+        { "8 x 256, 8 loads",  [&] { copy<256, 8><<<8, 256, 0, side>>>(from, to, claimed); }                                                },
+        { "8 x 256, 16 loads", [&] { copy<256, 16><<<8, 256, 0, side>>>(from, to, claimed); }                                               },
+        { "the copy engine",   [&] { CHECK(cudaMemcpyAsync(to, from, size_t(N_PIECES) * PIECE_UNITS * 16, cudaMemcpyHostToDevice, side)); } },
+    };
+    for (int chained = 1; chained >= 0; --chained) {
+        printf("%s\n", chained ? "chained" : "not chained");
+        const cudaGraphExec_t plain = capture(chained, 0, 0, 0);
+        time(plain, nothing);
+        for (const int n_threads : { 32, 256, 512, 1024 }) {
+            const float alone = time(plain, nothing);
+            const float us    = time(plain, [&](uint32_t until) { stay<<<8, n_threads, 0, side>>>(over, until); });
+            printf("  stays, 8 x %d: %.4f\n", n_threads, us / alone);
+        }
+        for (const int n_threads : { 256, 1024 }) {
+            for (const uint64_t ns : { 0, 5000, 20000 }) {
+                const cudaGraphExec_t branched = capture(chained, 8, n_threads, ns);
+                const float           alone    = time(plain, nothing);
+                const float           us       = time(branched, nothing);
+                printf("  %d branches, 8 x %d, %d us: %.4f\n", N_KERNELS / N_PER_BRANCH, n_threads, int(ns / 1000), us / alone);
+                CHECK(cudaGraphExecDestroy(branched));
+            }
+        }
+        for (const copier & one : copiers) {
+            const float        alone = time(plain, nothing);
+            const float        us    = time(plain, [&](uint32_t) { one.launch(); });
+            std::vector<float> by_itself;
+            for (int i = 0; i < 5; ++i) {
+                CHECK(cudaMemset(claimed, 0, sizeof(*claimed)));
+                CHECK(cudaDeviceSynchronize());
+                CHECK(cudaEventRecord(began, side));
+                one.launch();
+                CHECK(cudaEventRecord(ended, side));
                 CHECK(cudaDeviceSynchronize());
                 float ms;
                 CHECK(cudaEventElapsedTime(&ms, began, ended));
-                us.push_back(1000 * ms);
+                by_itself.push_back(ms);
             }
-            std::sort(us.begin(), us.end());
-            return us[us.size() / 2];
-        };
-        static const char * kinds[]      = { "asleep", "a word", "a word, fenced", "48 x 4 words", "48 x 4 words, fenced" };
-        static const char * priorities[] = { "high", "same", "low" };
-        printf("%s\n", chained ? "chained" : "not chained");
-        time(0, 0, 0, 0, nullptr);
-        for (int what = 0; what < N_KINDS; ++what) {
-            for (const int n_blocks : { 1, 2, 8 }) {
-                for (int p = 0; p < (what == WORDS_FENCED || what == ASLEEP ? 3 : 1); ++p) {
-                    const float alone  = time(0, 0, 0, 0, nullptr);
-                    const float beside = time(n_blocks, 1024, what, 200, side[p]);
-                    printf("  %d x 1024, %-22s %-5s priority: %7.1f us alone, %7.1f "
-                           "beside: %.3f\n",
-                           n_blocks, kinds[what], priorities[p], alone, beside, beside / alone);
-                }
-            }
+            printf("  copies, %s: %.4f; alone %.1f GB/s\n", one.name, us / alone, N_PIECES * PIECE_UNITS * 16.0 / median(by_itself) / 1e6);
         }
-        for (const int n_threads : { 32, 256, 512 }) {
-            const float alone  = time(0, 0, 0, 0, nullptr);
-            const float beside = time(8, n_threads, WORD, 200, side[0]);
-            printf("  8 x %d, a word, high priority: %.3f\n", n_threads, beside / alone);
-        }
-        for (const int pause : { 20, 1000, 5000 }) {
-            const float alone  = time(0, 0, 0, 0, nullptr);
-            const float beside = time(8, 1024, WORDS_FENCED, pause, side[0]);
-            printf("  8 x 1024, 48 x 4 words, fenced, every %d ns: %.3f\n", pause, beside / alone);
-        }
+        CHECK(cudaGraphExecDestroy(plain));
     }
     return 0;
 }

@@ -39,7 +39,7 @@ class Token:
     op : (n_layers, 2), from when a layer knows its experts until it has them
     planned : (n_layers,), when the layer was first planned for, NaN: not at all
     copies : (n, 3): layer, begun, complete, of experts that were brought in beside the step
-    watched : when whoever copies came and left, NaN: nobody did
+    watched : when the first of those that copy came and the last left, NaN: nobody did
     """
 
     op: NDArray[np.float64]

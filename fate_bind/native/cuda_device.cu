@@ -44,15 +44,8 @@ void fate_device_mark(ggml_tensor * op, void (*launch)(ggml_tensor * dst, void *
 }
 
 int64_t fate_device_captured_nodes(void * stream) {
-    cudaStreamCaptureStatus status;
-    cudaGraph_t             graph = nullptr;
-    size_t                  n     = 0;
-#if CUDART_VERSION >= 13000
-    FATE_CUDA(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, nullptr, &graph, nullptr, nullptr, nullptr));
-#else
-    FATE_CUDA(cudaStreamGetCaptureInfo_v2(static_cast<cudaStream_t>(stream), &status, nullptr, &graph, nullptr, nullptr));
-#endif
-    if (status == cudaStreamCaptureStatusActive) {
+    size_t n = 0;
+    if (const cudaGraph_t graph = fate_cuda_captured(static_cast<cudaStream_t>(stream))) {
         FATE_CUDA(cudaGraphGetNodes(graph, nullptr, &n));
     }
     return static_cast<int64_t>(n);
@@ -445,10 +438,8 @@ fate_cuda_call fate_cuda_device::call_of(size_t layer, const ggml_tensor * dst) 
 }
 
 void fate_cuda_device::note_launch() {
-    cudaStreamCaptureStatus status;
-    FATE_CUDA(cudaStreamIsCapturing(stream_, &status));
     ++n_launches_;
-    n_captures_ += status == cudaStreamCaptureStatusActive;
+    n_captures_ += fate_cuda_captured(stream_) != nullptr;
 }
 
 void fate_cuda_device::launch(size_t layer, uint8_t path, ggml_tensor * dst, void * stream) {
@@ -458,7 +449,7 @@ void fate_cuda_device::launch(size_t layer, uint8_t path, ggml_tensor * dst, voi
         enqueue(path, layers_[layer], call);
         note_launch();
         if (call.input) {
-            prefetch_->look_on(device_layers_.data, layer, stream_);
+            prefetch_->look_on(device_layers_.data, layer, chains_, stream_);
         }
     } catch (const fate_error &) {
         fail(dst);
@@ -496,11 +487,8 @@ std::string fate_cuda_device::end(int which) {
     try {
         const device_scope scope(ordinal_);
         const parts        p = parts_of(n_tokens_);
-        if (prefetch_) {
-            prefetch_->watch(device_layers_.data);
-            if (n_foretold() > 0) { // the record waits for whoever tells
-                prefetch_->join(stream_);
-            }
+        if (prefetch_ && n_foretold() > 0) { // the record waits for whoever tells
+            prefetch_->join(stream_);
         }
         FATE_CUDA(cudaMemcpyAsync(home_[which].data, back_.data, p.size, cudaMemcpyDeviceToHost, stream_));
         FATE_CUDA(cudaEventRecord(is_home_[which].handle, stream_));

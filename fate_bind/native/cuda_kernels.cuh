@@ -123,6 +123,9 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
         }
     }
     __syncthreads();
+    if constexpr (AHEAD) {
+        fate_read_plan(layer, s_ahead);
+    }
     fate_pdl_wait();
     if (!SEED && blockIdx.x == 0 && tid == 0) {
         fate_mark(layer, FATE_TIME_OP_BEGAN);

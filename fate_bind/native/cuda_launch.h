@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <tuple>
 #include <utility>
 
 // The CUDA device behind a backend device. Throws fate_error if it is none.
@@ -97,4 +98,50 @@ void fate_cuda_launch(void (*kernel)(Params...), int n_blocks, int n_threads, si
     config.numAttrs                                      = chained ? 1 : 0;
     FATE_CUDA(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
 #endif
+}
+
+// The graph that a stream is captured into, null: none. after: what the stream's next node would depend on, until something is done with the stream.
+inline cudaGraph_t fate_cuda_captured(cudaStream_t stream, const cudaGraphNode_t ** after = nullptr, size_t * n_after = nullptr) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    cudaGraph_t             graph  = nullptr;
+#if CUDART_VERSION >= 13000
+    FATE_CUDA(cudaStreamGetCaptureInfo(stream, &status, nullptr, &graph, after, nullptr, n_after));
+#else
+    FATE_CUDA(cudaStreamGetCaptureInfo_v2(stream, &status, nullptr, &graph, after, n_after));
+#endif
+    return status == cudaStreamCaptureStatusActive ? graph : nullptr;
+}
+
+// Adds a kernel to a graph that is being captured, behind some of its nodes, on a branch of its own: nothing that is captured later waits for it, only whoever waits
+// for the whole graph. It may start as soon as all blocks of the first n_early nodes have said so, kernels launched into the chain, and not only when they have ended.
+template <typename... Params, typename... Args>
+cudaGraphNode_t fate_cuda_branch(cudaGraph_t graph, const cudaGraphNode_t * after, size_t n_after, size_t n_early,
+                                 void (*kernel)(Params...), unsigned n_blocks, unsigned n_threads, size_t shared, Args &&... args) {
+    std::tuple<Params...> values(static_cast<Params>(args)...);
+    cudaGraphNode_t       node = nullptr;
+    std::apply(
+        [&](Params &... value) {
+            void *               pointers[] = { const_cast<void *>(static_cast<const void *>(&value))... };
+            cudaKernelNodeParams params     = {};
+            params.func                     = reinterpret_cast<void *>(kernel);
+            params.gridDim                  = dim3(n_blocks);
+            params.blockDim                 = dim3(n_threads);
+            params.sharedMemBytes           = static_cast<unsigned>(shared);
+            params.kernelParams             = pointers;
+            FATE_CUDA(cudaGraphAddKernelNode(&node, graph, after + n_early, n_after - n_early, &params));
+        },
+        values);
+#if !defined(__HIP__)
+    cudaGraphEdgeData edge = {};
+    edge.from_port         = cudaGraphKernelNodePortProgrammatic;
+    edge.type              = cudaGraphDependencyTypeProgrammatic;
+    for (size_t i = 0; i < n_early; ++i) {
+#    if CUDART_VERSION >= 13000
+        FATE_CUDA(cudaGraphAddDependencies(graph, after + i, &node, &edge, 1));
+#    else
+        FATE_CUDA(cudaGraphAddDependencies_v2(graph, after + i, &node, &edge, 1));
+#    endif
+    }
+#endif
+    return node;
 }

@@ -13,9 +13,10 @@ static const int FATE_CUDA_MAX_EXPERTS = FATE_MAILBOX_EXPERTS; // also bounds th
 static const int FATE_CUDA_MAX_TENSORS = 11;
 static const int FATE_CUDA_FILL_BLOCKS = 8;                    // enough for the link, few enough to leave the multiprocessors to others
 static const int FATE_CUDA_LOADS       = 4;                    // in flight a thread
-// Of a block that only copies beside the step. It takes room in which upstream's chained kernels overlap: eight blocks of 1024 threads cost a token 4.6 % when
-// they do nothing, of 256 threads 0.7 % (bench/beside.cu).
+// Of a block beside the step. It takes room in which upstream's chained kernels overlap: eight blocks of 1024 threads that stay cost a token 4.6 % when they do
+// nothing, of 256 threads 0.7 % (bench/beside.cu).
 static const int FATE_BESIDE_THREADS   = 256;
+static const int FATE_LOOK_THREADS     = 256;
 
 struct fate_cuda_tensor {
     const char * source;

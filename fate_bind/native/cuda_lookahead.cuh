@@ -1,11 +1,12 @@
-// What a layer's input tells of later layers: the op puts the input aside, blocks beside the step apply the routers of those layers to it, and the last
-// of them plans.
+// What a layer's input tells of later layers: the op puts the input aside, the blocks of a kernel behind it apply the routers of those layers to it, and the last
+// of a layer's plans.
 #pragma once
 
 #include "cuda_plan.cuh"
 #include "lookahead.h"
 
-static const int FATE_CHUNK = 32; // experts that a block scores at once, a warp each as they come
+static const int FATE_CHUNK     = FATE_LOOK_THREADS / 32; // experts that a block scores, a warp each
+static const int FATE_ROW_LOADS = 8;                      // of a lane, before the input is there
 
 // One later layer as an earlier one sees it.
 struct fate_cuda_view {
@@ -22,8 +23,7 @@ struct fate_cuda_view {
     int32_t         n_foretold;
     int64_t         stride;
 
-    uint32_t claimed; // chunks of the step at hand
-    uint32_t arrived;
+    uint32_t arrived; // chunks of the step at hand
 };
 
 // What a layer sees; in device memory.
@@ -33,6 +33,8 @@ struct fate_cuda_sight {
     int32_t        n_embd;
     uint32_t       is_wanted; // the step at hand is of one token whose output is wanted
     uint32_t       is_shown;  // the input is there
+    uint32_t       n_told;    // views of which it is planned what is to come in
+    uint32_t       is_left;   // by a block of those that copy behind the layer
 };
 
 static __host__ __device__ inline uint32_t fate_n_chunks(const fate_cuda_view & view) {
@@ -52,7 +54,6 @@ static __device__ void fate_show(const fate_cuda_layer & layer, const fate_cuda_
     if (threadIdx.x == 0) {
         __threadfence();
         atomicExch(&sight.is_shown, 1);
-        atomicAdd(layer.n_posts, 1);
     }
 }
 
@@ -65,20 +66,48 @@ static __device__ __forceinline__ int fate_input_place(int i) {
     return (i / (32 * FATE_GATE_ALIGN) * FATE_GATE_ALIGN + i % FATE_GATE_ALIGN) * 32 + i / FATE_GATE_ALIGN % 32;
 }
 
-// A warp: the sum over an expert's row; input: as fate_input_place has it.
-static __device__ float fate_gate_sum(const fate_gate & gate, const float * input, int32_t expert) {
+// A warp: an expert's row, as much of it as its lanes keep.
+struct fate_cuda_row {
+    int4 packed[FATE_ROW_LOADS];
+};
+
+static const __device__ __forceinline__ int4 * fate_row_of(const fate_gate & gate, int32_t expert) {
     static_assert(FATE_GATE_ALIGN == sizeof(int4), "a lane loads so many numbers at once");
-    const int    lane = threadIdx.x % 32;
-    const int4 * row  = reinterpret_cast<const int4 *>(gate.weights + static_cast<int64_t>(expert) * gate.stride);
-    float        sum  = 0.0f;
-    for (int at = lane; at < gate.stride / FATE_GATE_ALIGN; at += 32) {
-        const int4    packed   = __ldcs(row + at);
-        const int     words[4] = { packed.x, packed.y, packed.z, packed.w };
-        const float * x        = input + at / 32 * FATE_GATE_ALIGN * 32 + lane;
+    return reinterpret_cast<const int4 *>(gate.weights + static_cast<int64_t>(expert) * gate.stride);
+}
+
+static __device__ __forceinline__ void fate_read_row(const fate_gate & gate, int32_t expert, fate_cuda_row & row) {
 #pragma unroll
-        for (int i = 0; i < FATE_GATE_ALIGN; ++i) {
-            sum += static_cast<float>(static_cast<int8_t>(words[i / 4] >> (i % 4 * 8))) * x[i * 32];
+    for (int i = 0; i < FATE_ROW_LOADS; ++i) {
+        const int at  = i * 32 + static_cast<int>(threadIdx.x % 32);
+        row.packed[i] = at < gate.stride / FATE_GATE_ALIGN ? __ldcs(fate_row_of(gate, expert) + at) : make_int4(0, 0, 0, 0);
+    }
+}
+
+// x: of a lane's numbers, 32 floats apart.
+static __device__ __forceinline__ float fate_dot(const int4 & packed, const float * x) {
+    const int words[4] = { packed.x, packed.y, packed.z, packed.w };
+    float     sum      = 0.0f;
+#pragma unroll
+    for (int i = 0; i < FATE_GATE_ALIGN; ++i) {
+        sum += static_cast<float>(static_cast<int8_t>(words[i / 4] >> (i % 4 * 8))) * x[i * 32];
+    }
+    return sum;
+}
+
+// A warp: the sum over an expert's row; input: as fate_input_place has it.
+static __device__ float fate_gate_sum(const fate_gate & gate, const float * input, int32_t expert, const fate_cuda_row & row) {
+    const int lane = threadIdx.x % 32;
+    const int n    = gate.stride / FATE_GATE_ALIGN;
+    float     sum  = 0.0f;
+#pragma unroll
+    for (int i = 0; i < FATE_ROW_LOADS; ++i) {
+        if (i * 32 + lane < n) {
+            sum += fate_dot(row.packed[i], input + i * FATE_GATE_ALIGN * 32 + lane);
         }
+    }
+    for (int at = FATE_ROW_LOADS * 32 + lane; at < n; at += 32) {
+        sum += fate_dot(__ldcs(fate_row_of(gate, expert) + at), input + at / 32 * FATE_GATE_ALIGN * 32 + lane);
     }
     for (int d = 16; d > 0; d /= 2) {
         sum += __shfl_xor_sync(0xffffffff, sum, d);
@@ -133,27 +162,54 @@ static __device__ void fate_gate_chances_of(const fate_cuda_layer & target, cons
     __syncthreads();
 }
 
-// A block scores one chunk of a view; the last to come plans for the layer that is seen.
-static __device__ void fate_score(const fate_cuda_layer * layers, fate_cuda_sight & sight, int at, uint32_t chunk, float threshold,
-                                  int32_t wanted, fate_cuda_planning & s) {
-    fate_cuda_view & view = sight.views[at];
-    const int        tid  = threadIdx.x;
+// One block a chunk of each view, behind the op that shows its input, or beside it when all of the op's blocks have started. What does not hang on the input is read
+// before it is there. The last block of a view plans for the layer that is seen.
+static __global__ void __launch_bounds__(FATE_LOOK_THREADS) fate_look_on(const fate_cuda_layer * layers, int32_t from, float threshold,
+                                                                         int32_t wanted) {
+    extern __shared__ int64_t     s_look[]; // tables, then the input
+    __shared__ fate_cuda_planning s;
+    if (!layers[from].is_awaited) {         // where it is, the op of the layer that is seen must not come near before the plan is made
+        fate_pdl_launch_next();
+    }
+    fate_cuda_sight & sight = *layers[from].sight;
+    if (!sight.is_wanted) {
+        return;
+    }
+    const int tid   = threadIdx.x;
+    uint32_t  chunk = blockIdx.x;
+    int       at    = 0;
+    for (; chunk >= fate_n_chunks(sight.views[at]); ++at) {
+        chunk -= fate_n_chunks(sight.views[at]);
+    }
+    fate_cuda_view &        view   = sight.views[at];
+    const fate_cuda_layer & target = layers[view.target];
+    const fate_cuda_tables  t      = fate_tables_in(s_look, target.n_experts);
+    float * const           input  = reinterpret_cast<float *>(reinterpret_cast<char *>(s_look) + fate_tables_bytes(target.n_experts));
+    const int32_t           expert = static_cast<int32_t>(chunk) * FATE_CHUNK + tid / 32;
+    const bool              scores = view.gate.n_embd > 0 && expert < view.gate.n_experts;
+    fate_cuda_row           row;
+    if (scores) {
+        fate_read_row(view.gate, expert, row);
+    }
+    fate_read_tables(target, t);
+    if (tid == 0) {
+        while (!fate_look(sight.is_shown)) { // by a block that is running
+        }
+        __threadfence();
+    }
+    __syncthreads();
     if (view.gate.n_embd > 0) {
-        extern __shared__ float s_input[];
-        const int               n = view.gate.n_embd;
-        for (int i = tid; i < static_cast<int>(fate_input_bytes(n) / sizeof(float)); i += static_cast<int>(blockDim.x)) {
-            const float x                = i < n ? __ldcg(sight.input + i) : 0.0f;
-            s_input[fate_input_place(i)] = view.gate.ratio && i < n ? x * view.gate.ratio[i] : x;
+        const int n = view.gate.n_embd;
+        for (int i = tid; i < static_cast<int>(fate_input_bytes(n) / sizeof(float)); i += FATE_LOOK_THREADS) {
+            const float x              = i < n ? __ldcg(sight.input + i) : 0.0f;
+            input[fate_input_place(i)] = view.gate.ratio && i < n ? x * view.gate.ratio[i] : x;
         }
         __syncthreads();
-        for (int i = tid / 32; i < FATE_CHUNK; i += static_cast<int>(blockDim.x) / 32) {
-            const int32_t expert = static_cast<int32_t>(chunk) * FATE_CHUNK + i;
-            if (expert < view.gate.n_experts) {
-                const float sum = fate_gate_sum(view.gate, s_input, expert);
-                if (tid % 32 == 0) {
-                    view.selection[expert] = fate_gate_selection(view.gate, expert, sum);
-                }
-            }
+    }
+    if (scores) {
+        const float sum = fate_gate_sum(view.gate, input, expert, row);
+        if (tid % 32 == 0) {
+            view.selection[expert] = fate_gate_selection(view.gate, expert, sum);
         }
     }
     __syncthreads();
@@ -163,34 +219,17 @@ static __device__ void fate_score(const fate_cuda_layer * layers, fate_cuda_sigh
         __threadfence();
     }
     __syncthreads();
-    const bool is_last = s.is_last;
-    __syncthreads();
-    if (!is_last) {
+    if (!s.is_last) {
         return;
     }
-    const fate_cuda_layer & target = layers[view.target];
     if (view.ids) {
-        fate_given_chances(target, view, at, s.chance);
+        fate_given_chances(target, view, at, t.chance);
     } else {
-        fate_gate_chances_of(target, view, at, reinterpret_cast<float *>(s.rank), s.chance);
+        fate_gate_chances_of(target, view, at, t.selection, t.chance);
     }
-    fate_plan_layer(target, view.distance, threshold, wanted, s);
-}
-
-// Where steps wait for what is prefetched: one block a chunk of each view, behind the op that showed its input.
-static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_look_on(const fate_cuda_layer * layers, int32_t from, float threshold,
-                                                                         int32_t wanted) {
-    __shared__ fate_cuda_planning s;
-    fate_cuda_sight &             sight = *layers[from].sight;
-    if (!sight.is_shown) {
-        return;
-    }
-    uint32_t chunk = blockIdx.x;
-    int      at    = 0;
-    for (; at < FATE_LOOKAHEAD_LAYERS && chunk >= fate_n_chunks(sight.views[at]); ++at) {
-        chunk -= fate_n_chunks(sight.views[at]);
-    }
-    if (at < FATE_LOOKAHEAD_LAYERS) {
-        fate_score(layers, sight, at, chunk, threshold, wanted, s);
+    fate_plan_layer(target, view.distance, threshold, wanted, s, t);
+    if (tid == 0) {
+        __threadfence();
+        atomicAdd(&sight.n_told, 1);
     }
 }

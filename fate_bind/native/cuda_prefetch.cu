@@ -15,7 +15,8 @@ fate_cuda_prefetch::fate_cuda_prefetch(int ordinal, const fate_device_config & c
     threshold_(config.prefetch_threshold),
     waits_(config.prefetch_waits),
     views_(n_layers_),
-    n_chunks_(n_layers_) {
+    n_chunks_(n_layers_),
+    n_tables_(fate_tables_bytes(static_cast<int32_t>(max_experts))) {
     plans_.allocate(n_layers_ * sizeof(fate_cuda_plan));
     waiting_.allocate(n_layers_ * max_experts);
     words_.allocate(2);
@@ -23,17 +24,20 @@ fate_cuda_prefetch::fate_cuda_prefetch(int ordinal, const fate_device_config & c
         is_planned_[i].create();
         ended_[i].create();
     }
-    settled_.create();
+    for (fate_cuda_event * event : { &settled_, &shown_, &told_ }) {
+        event->create();
+    }
+    allow(reinterpret_cast<const void *>(fate_plan), n_tables_);
     see(config.layers);
     worth_           = fate_worth(ns_per_expert(config), n_views_ > 0 ? FATE_WORTH_LOOK : FATE_WORTH_PLAN);
     int n_processors = 0;
     FATE_CUDA(cudaDeviceGetAttribute(&n_processors, cudaDevAttrMultiProcessorCount, ordinal));
-    n_blocks_   = std::max(1, std::min(FATE_CUDA_FILL_BLOCKS, n_processors / 8)); // ops find room beside it
+    n_blocks_   = static_cast<unsigned>(std::max(1, std::min(FATE_CUDA_FILL_BLOCKS, n_processors / 8))); // ops find room beside it
     int least   = 0;
     int highest = 0; // of priority: its blocks do not wait for all of a product
     FATE_CUDA(cudaDeviceGetStreamPriorityRange(&least, &highest));
     FATE_CUDA(cudaStreamCreateWithPriority(&side_, cudaStreamNonBlocking, highest));
-    const cudaError_t failed = cudaStreamCreateWithPriority(&planner_, cudaStreamNonBlocking, highest); // last: nothing may throw behind it
+    const cudaError_t failed = cudaStreamCreateWithPriority(&looker_, cudaStreamNonBlocking, highest); // last: nothing may throw behind it
     if (failed != cudaSuccess) {
         cudaStreamDestroy(side_);
         FATE_CUDA(failed);
@@ -41,7 +45,7 @@ fate_cuda_prefetch::fate_cuda_prefetch(int ordinal, const fate_device_config & c
 }
 
 fate_cuda_prefetch::~fate_cuda_prefetch() {
-    cudaStreamDestroy(planner_);
+    cudaStreamDestroy(looker_);
     cudaStreamDestroy(side_);
 }
 
@@ -144,13 +148,16 @@ void fate_cuda_prefetch::see(const std::vector<fate_device_layer> & layers) {
         }
     }
     fate_cuda_upload(sights_.data, views_.data(), n_layers_ * sizeof(fate_cuda_sight));
-    n_input_ = fate_input_bytes(max_embd_);
-    for (const void * kernel : { reinterpret_cast<const void *>(fate_fetch<true>), reinterpret_cast<const void *>(fate_look_on) }) {
-        cudaFuncAttributes now;
-        FATE_CUDA(cudaFuncGetAttributes(&now, kernel));
-        if (now.maxDynamicSharedSizeBytes < static_cast<int>(n_input_)) { // another engine may need more
-            FATE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(n_input_)));
-        }
+    n_look_ = n_tables_ + fate_input_bytes(max_embd_);
+    allow(reinterpret_cast<const void *>(fate_look_on), n_look_);
+}
+
+// Shared memory that a kernel may be launched with.
+void fate_cuda_prefetch::allow(const void * kernel, size_t n_bytes) {
+    cudaFuncAttributes now;
+    FATE_CUDA(cudaFuncGetAttributes(&now, kernel));
+    if (now.maxDynamicSharedSizeBytes < static_cast<int>(n_bytes)) { // another engine may need more
+        FATE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(n_bytes)));
     }
 }
 
@@ -192,7 +199,7 @@ void fate_cuda_prefetch::bind(fate_cuda_layer & layer, size_t at) const {
 
 void fate_cuda_prefetch::reset(cudaStream_t stream) {
     FATE_CUDA(cudaStreamSynchronize(side_));
-    FATE_CUDA(cudaStreamSynchronize(planner_));
+    FATE_CUDA(cudaStreamSynchronize(looker_));
     is_busy_ = false;
     worth_.reset();
     FATE_CUDA(cudaMemsetAsync(plans_.data, 0, n_layers_ * sizeof(fate_cuda_plan), stream));
@@ -202,6 +209,7 @@ void fate_cuda_prefetch::reset(cudaStream_t stream) {
 
 void fate_cuda_prefetch::begin(const fate_cuda_layer * layers, bool is_told, const fate_worth_seen & seen, cudaStream_t stream) {
     join(stream);
+    graph_            = nullptr;
     const int64_t now = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
     rests_            = !waits_ && !worth_.begin(is_told, seen, now);
     looks_            = is_told && n_views_ > 0 && !rests_;
@@ -212,36 +220,51 @@ void fate_cuda_prefetch::begin(const fate_cuda_layer * layers, bool is_told, con
 
 void fate_cuda_prefetch::join(cudaStream_t stream) {
     for (int i = 0; is_busy_ && i < 2; ++i) {
-        FATE_CUDA(cudaEventRecord(ended_[i].handle, i == 0 ? side_ : planner_));
+        FATE_CUDA(cudaEventRecord(ended_[i].handle, i == 0 ? side_ : looker_));
         FATE_CUDA(cudaStreamWaitEvent(stream, ended_[i].handle, 0));
     }
     is_busy_ = false;
 }
 
-void fate_cuda_prefetch::look_on(const fate_cuda_layer * layers, size_t from, cudaStream_t stream) {
-    if (waits_ && n_chunks_[from] > 0) {
-        fate_look_on<<<n_chunks_[from], FATE_CUDA_THREADS, n_input_, stream>>>(layers, static_cast<int32_t>(from), threshold_, wanted_);
+void fate_cuda_prefetch::look_on(const fate_cuda_layer * layers, size_t from, bool chained, cudaStream_t stream) {
+    if (n_chunks_[from] == 0) {
+        return;
+    }
+    const cudaGraphNode_t * after   = nullptr;
+    size_t                  n_after = 0;
+    const cudaGraph_t       graph   = waits_ ? nullptr : fate_cuda_captured(stream, &after, &n_after);
+    if (graph) { // which is replayed in steps that look and in others
+        branch(layers, from, graph, after, n_after, chained);
+        return;
+    }
+    if (!looks_ && !waits_) { // where steps wait this may be captured
+        return;
+    }
+    const cudaStream_t on = waits_ ? stream : looker_;
+    if (!waits_) {
+        is_busy_ = true; // before anything that can fail half-way
+        FATE_CUDA(cudaEventRecord(shown_.handle, stream));
+        FATE_CUDA(cudaStreamWaitEvent(on, shown_.handle, 0));
+    }
+    fate_look_on<<<n_chunks_[from], FATE_LOOK_THREADS, n_look_, on>>>(layers, static_cast<int32_t>(from), threshold_, wanted_);
+    FATE_CUDA(cudaGetLastError());
+    if (!waits_) {
+        FATE_CUDA(cudaEventRecord(told_.handle, on));
+        FATE_CUDA(cudaStreamWaitEvent(side_, told_.handle, 0));
+        fate_fetch<<<n_blocks_, FATE_BESIDE_THREADS, 0, side_>>>(layers, static_cast<int32_t>(n_layers_), static_cast<int32_t>(from));
         FATE_CUDA(cudaGetLastError());
     }
 }
 
-void fate_cuda_prefetch::fetch(const fate_cuda_layer * layers, bool stays, cudaStream_t stream) {
-    if (stays) {
-        fate_fetch<true><<<n_blocks_, FATE_CUDA_THREADS, n_input_, stream>>>(layers, static_cast<int32_t>(n_layers_), threshold_, wanted_);
-    } else {
-        fate_fetch<false><<<n_blocks_, FATE_BESIDE_THREADS, 0, stream>>>(layers, static_cast<int32_t>(n_layers_), threshold_, wanted_);
-    }
-    FATE_CUDA(cudaGetLastError());
-}
-
-// Behind the step's graph, so that where streams do not run beside each other it finds nothing left to do.
-void fate_cuda_prefetch::watch(const fate_cuda_layer * layers) {
-    if (!looks_ || waits_) {
-        return;
-    }
-    is_busy_ = true; // before anything that can fail half-way
-    FATE_CUDA(cudaStreamWaitEvent(side_, settled_.handle, 0));
-    fetch(layers, true, side_);
+// The step's own kernels go on beside what is added here: a graph has no end before all of its nodes have.
+void fate_cuda_prefetch::branch(const fate_cuda_layer * layers, size_t from, cudaGraph_t graph, const cudaGraphNode_t * after,
+                                size_t n_after, bool chained) {
+    const cudaGraphNode_t look    = fate_cuda_branch(graph, after, n_after, chained ? n_after : 0, fate_look_on, n_chunks_[from],
+                                                     FATE_LOOK_THREADS, n_look_, layers, static_cast<int32_t>(from), threshold_, wanted_);
+    const cudaGraphNode_t first[] = { look, fetch_ };
+    fetch_ = fate_cuda_branch(graph, first, graph == graph_ ? 2 : 1, chained ? 1 : 0, fate_fetch, n_blocks_, FATE_BESIDE_THREADS, 0, layers,
+                              static_cast<int32_t>(n_layers_), static_cast<int32_t>(from));
+    graph_ = graph;
 }
 
 void fate_cuda_prefetch::launch(const fate_cuda_layer * layers, const int32_t * index, const float * chance, size_t n_all, int32_t stride,
@@ -259,15 +282,14 @@ void fate_cuda_prefetch::launch(const fate_cuda_layer * layers, const int32_t * 
     }
     memcpy(chances_[which].data, chance, bytes);
     is_busy_              = is_busy_ || !waits_; // before anything that can fail half-way
-    const cudaStream_t on = waits_ ? stream : looks_ ? planner_ : side_;
+    const cudaStream_t on = waits_ ? stream : side_;
     if (!waits_) {
         FATE_CUDA(cudaStreamWaitEvent(on, settled_.handle, 0));
     }
-    fate_plan<<<static_cast<unsigned>(n_layers_), FATE_BESIDE_THREADS, 0, on>>>(
+    fate_plan<<<static_cast<unsigned>(n_layers_), FATE_BESIDE_THREADS, n_tables_, on>>>(
         layers, index, reinterpret_cast<float *>(chances_[which].data), stride, threshold_, wanted_);
     FATE_CUDA(cudaGetLastError());
     FATE_CUDA(cudaEventRecord(is_planned_[which].handle, on));
-    if (waits_ || !looks_) { // else whoever watches copies, or will
-        fetch(layers, false, on);
-    }
+    fate_fetch<<<n_blocks_, FATE_BESIDE_THREADS, 0, on>>>(layers, static_cast<int32_t>(n_layers_), -1);
+    FATE_CUDA(cudaGetLastError());
 }

@@ -1,6 +1,6 @@
 // Experts brought in beside the running step: planned layer by layer, copied in pieces that are claimed one by one, taken over by the layer's own op.
 //
-// Kernels on other streams plan and copy while the step's graph runs; nothing waits for a kernel that may not have begun. A layer's op closes its gate, so
+// Kernels on other streams, or on branches of the step's graph, plan and copy while it runs; nothing waits for a kernel that may not have begun. A layer's op closes its gate, so
 // that from then on nobody plans for it. Of what is planned it cancels whatever nobody has begun, which then never was; the rest enters its tables. It copies
 // the unclaimed pieces of those that it needs itself, and waits only for pieces that somebody has claimed, who therefore is running.
 #pragma once
@@ -8,8 +8,7 @@
 #include "cuda_copy.cuh"
 #include "cuda_lookahead.cuh"
 
-static const uint32_t FATE_PIECE_UNITS = 4096;     // 64 KiB where units are wide
-static const uint64_t FATE_IDLE_NS     = 20000000; // without anything to do, after which whoever copies leaves
+static const uint32_t FATE_PIECE_UNITS = 4096; // 64 KiB where units are wide
 static const uint32_t FATE_PAUSE_NS    = 200;
 
 static_assert(FATE_PIECE_UNITS % FATE_CUDA_THREADS == 0 && FATE_PIECE_UNITS % FATE_BESIDE_THREADS == 0,
@@ -47,7 +46,7 @@ template <int THREADS> static __device__ void fate_copy_piece(const fate_cuda_la
     const bool               wide   = tensor.width == 16;
     const uint32_t           first  = piece * FATE_PIECE_UNITS + threadIdx.x - (wide ? fate_lead(from) : 0);
     const int                n_each = FATE_PIECE_UNITS / THREADS;
-    const int                n_load = n_each < 8 ? n_each : 8; // in flight at once
+    const int                n_load = n_each < 16 ? n_each : 16; // in flight at once
 #if defined(FATE_LATE_FILLS)
     for (int i = 0; i < n_each; ++i) {
         const uint32_t unit = first + i * THREADS;
@@ -99,16 +98,28 @@ static __device__ int64_t fate_bytes_of(const fate_cuda_layer & layer, uint32_t 
     return bytes;
 }
 
-// Copies what nobody has claimed of an entry. YIELDS: demand misses go first, and it leaves when something else is to be done. All threads of the block call
-// it; scratch: shared.
+// Whether a block that copies beside the step goes on with the layer it is at: nothing new is planned, and no other block of its launch has left.
+static __device__ __forceinline__ bool fate_goes_on(const fate_cuda_layer & layer, uint32_t n_posts, const uint32_t * is_left) {
+    const uint32_t now  = fate_look(*layer.n_posts);
+    const uint32_t left = is_left ? fate_look(*is_left) : 0;
+    return now == n_posts && left == 0;
+}
+
+// Copies what nobody has claimed of an entry. YIELDS: demand misses go first, and it leaves when it is not to go on. All threads of the block call it; scratch:
+// shared.
 template <bool YIELDS, int THREADS>
 static __device__ void fate_copy_unclaimed(const fate_cuda_layer & layer, const fate_prefetch & entry, int at, uint32_t n_posts,
-                                           uint32_t & scratch) {
+                                           const uint32_t * is_left, uint32_t & scratch) {
     while (true) {
         __syncthreads();
         if (threadIdx.x == 0) {
             bool goes_on = true;
-            while (YIELDS && (goes_on = fate_look(*layer.n_posts) == n_posts) && fate_look(*layer.n_demands) > 0) {
+            while (YIELDS) {
+                const uint32_t n_demands = fate_look(*layer.n_demands);
+                goes_on                  = fate_goes_on(layer, n_posts, is_left);
+                if (!goes_on || n_demands == 0) {
+                    break;
+                }
                 __nanosleep(FATE_PAUSE_NS);
             }
             scratch = goes_on ? atomicAdd(&layer.plan->claimed[at], 1) : FATE_CANCELLED;
@@ -131,7 +142,9 @@ static __device__ void fate_copy_unclaimed(const fate_cuda_layer & layer, const 
         __syncthreads();
         if (threadIdx.x == 0) {
             __threadfence();
-            if (atomicAdd(&layer.plan->done[at], 1) + 1 == layer.n_pieces) {
+            if (!layer.times) {
+                atomicAdd(&layer.plan->done[at], 1);
+            } else if (atomicAdd(&layer.plan->done[at], 1) + 1 == layer.n_pieces) {
                 fate_mark(layer, FATE_TIME_COMPLETE + at);
             }
         }
@@ -155,130 +168,90 @@ static __device__ __forceinline__ bool fate_end_waiting(const fate_cuda_layer & 
 static __global__ void __launch_bounds__(FATE_BESIDE_THREADS) fate_plan(const fate_cuda_layer * layers, const int32_t * index,
                                                                         const float * chances, int32_t stride, float threshold,
                                                                         int32_t wanted) {
+    extern __shared__ int64_t     s_tables[];
     __shared__ fate_cuda_planning s;
     const fate_cuda_layer &       layer = layers[blockIdx.x];
+    const fate_cuda_tables        t     = fate_tables_in(s_tables, layer.n_experts);
     const float *                 row   = chances + static_cast<int64_t>(index[blockIdx.x]) * stride;
     // from the host before the gate is held, for which the layer's op would wait
     for (int32_t e = threadIdx.x; e < layer.n_experts; e += blockDim.x) {
-        s.chance[e] = row[e];
+        t.chance[e] = row[e];
     }
+    fate_read_tables(layer, t);
     __syncthreads();
-    fate_plan_layer(layer, 0, threshold, wanted, s);
+    fate_plan_layer(layer, 0, threshold, wanted, s, t);
 }
 
 // What a block that copies finds to do; shared memory.
 struct fate_cuda_chores {
     uint32_t n_posts;
-    int32_t  scores; // the last layer whose input waits to be scored, -1: none
     int32_t  copies; // the first layer, whose op has not come, that has something to copy, INT_MAX: none
     int32_t  rests;  // alike, of those whose op has come
-    int32_t  open;   // the first layer whose op has not come
-    uint32_t chunk;
-    int32_t  view;
-    int32_t  n; // entries of the layer that is copied for, as one thread found them
+    int32_t  n;      // entries of the layer that is copied for, as one thread found them
+    uint32_t n_told; // views of the layer that has just told
     bool     is_over;
 };
 
-static __device__ void fate_find_chores(const fate_cuda_layer * layers, int32_t n_layers, fate_cuda_chores & found) {
+static __device__ void fate_find_chores(const fate_cuda_layer * layers, int32_t n_layers, const fate_cuda_sight * sight,
+                                        fate_cuda_chores & found) {
     __syncthreads();
     if (threadIdx.x == 0) {
-        found = { fate_look(*layers[0].n_posts), -1, INT_MAX, INT_MAX, INT_MAX, 0, 0, 0, false };
+        const uint32_t n_posts = fate_look(*layers[0].n_posts);
+        found                  = { n_posts, INT_MAX, INT_MAX, 0, sight ? fate_look(sight->n_told) : 0, false };
         __threadfence();
     }
     __syncthreads();
-    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < n_layers; i += static_cast<int32_t>(blockDim.x)) {
-        const fate_cuda_plan & plan    = *layers[i].plan;
-        const uint32_t         state   = fate_look(plan.state);
-        const bool             is_open = !(state & FATE_PLAN_CLOSED);
-        const int32_t          n       = fate_n_entries(state);
-        bool                   copies  = false;
-        __threadfence();
-        for (int at = 0; at < n; ++at) {
-            copies = copies || fate_look(plan.claimed[at]) < layers[i].n_pieces;
-        }
-        if (copies) {
-            atomicMin(is_open ? &found.copies : &found.rests, i);
-        }
-        if (is_open) {
-            atomicMin(&found.open, i);
-        }
-        const fate_cuda_sight * sight = layers[i].sight;
-        if (sight && fate_look(sight->is_shown)) {
-            for (const fate_cuda_view & view : sight->views) {
-                if (fate_look(view.claimed) < fate_n_chunks(view)) {
-                    atomicMax(&found.scores, i);
-                }
+    const int32_t n = n_layers * FATE_PREFETCH_MAX;
+    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < n; i += static_cast<int32_t>(blockDim.x)) {
+        const int32_t          layer = i / FATE_PREFETCH_MAX;
+        const int32_t          at    = i % FATE_PREFETCH_MAX;
+        const fate_cuda_plan & plan  = *layers[layer].plan;
+        const uint32_t         state = fate_look(plan.state);
+        if (at < fate_n_entries(state)) {
+            __threadfence();
+            if (fate_look(plan.claimed[at]) < layers[layer].n_pieces) {
+                atomicMin(state & FATE_PLAN_CLOSED ? &found.rests : &found.copies, layer);
             }
         }
     }
     __syncthreads();
 }
 
-// A block scores a chunk of the last layer that waits for it, of the nearest layer that it tells of.
-static __device__ void fate_score_one(const fate_cuda_layer * layers, float threshold, int32_t wanted, fate_cuda_chores & found) {
-    __shared__ fate_cuda_planning s_planning;
-    fate_cuda_sight &             sight = *layers[found.scores].sight;
-    if (threadIdx.x == 0) {
-        found.view = -1;
-        for (int v = 0; v < FATE_LOOKAHEAD_LAYERS && found.view < 0; ++v) { // the nearest layer first
-            const uint32_t n = fate_n_chunks(sight.views[v]);
-            if (fate_look(sight.views[v].claimed) < n && (found.chunk = atomicAdd(&sight.views[v].claimed, 1)) < n) {
-                found.view = v;
-            }
-        }
-        __threadfence(); // of what is shown the input is there
-    }
-    __syncthreads();
-    if (found.view >= 0) {
-        fate_score(layers, sight, found.view, found.chunk, threshold, wanted, s_planning);
-    }
-}
-
-// Copies what is planned, in the order of the layers. STAYS: also scores what ops show, until the last op has come, which wants more threads.
-template <bool STAYS>
-static __global__ void __launch_bounds__(STAYS ? FATE_CUDA_THREADS : FATE_BESIDE_THREADS) fate_fetch(const fate_cuda_layer * layers,
-                                                                                                     int32_t n_layers, float threshold,
-                                                                                                     int32_t wanted) {
-    const int                   n_threads = STAYS ? FATE_CUDA_THREADS : FATE_BESIDE_THREADS;
+// Copies what is planned, in the order of the layers, until nothing is left, however long that takes: what is planned meanwhile too. from: the layer that is telling of
+// others, by blocks that have all started, -1: none. Behind a layer that tells, the first block that finds nothing left has all leave: whoever comes behind a later
+// layer copies with all its blocks what would else be left to one that is late.
+static __global__ void __launch_bounds__(FATE_BESIDE_THREADS) fate_fetch(const fate_cuda_layer * layers, int32_t n_layers, int32_t from) {
     __shared__ fate_cuda_chores s_found;
     __shared__ uint32_t         s_scratch;
     __shared__ fate_prefetch    s_entry;
-    uint64_t                    busy_at = fate_now_ns(); // thread 0
-    int32_t                     open    = -1;
-    if (blockIdx.x == 0 && threadIdx.x == 0) {
+    fate_cuda_sight *           sight   = from < 0 ? nullptr : layers[from].sight;
+    uint32_t *                  is_left = sight ? &sight->is_left : nullptr;
+    uint32_t                    n_views = 0;
+    if (sight && !sight->is_wanted) { // in this step nothing is told
+        return;
+    }
+    for (int v = 0; sight && v < FATE_LOOKAHEAD_LAYERS; ++v) {
+        n_views += sight->views[v].target >= 0;
+    }
+    if (blockIdx.x == 0 && threadIdx.x == 0 && layers[0].times && layers[0].times[FATE_TIME_WATCHED] == 0) {
         fate_mark(layers[0], FATE_TIME_WATCHED);
     }
     while (true) {
-        fate_find_chores(layers, n_layers, s_found);
-        if constexpr (STAYS) {
-            if (s_found.scores >= 0) {
-                fate_score_one(layers, threshold, wanted, s_found);
-                continue;
-            }
-        }
+        fate_find_chores(layers, n_layers, sight, s_found);
         const int32_t at_layer = s_found.copies != INT_MAX ? s_found.copies : s_found.rests;
-        if (at_layer != INT_MAX) {
-            const fate_cuda_layer & layer = layers[at_layer];
-            if (threadIdx.x == 0) { // a plan may grow meanwhile
-                s_found.n = fate_n_entries(fate_look(layer.plan->state));
-                __threadfence();
+        if (threadIdx.x == 0 && at_layer != INT_MAX) { // a plan may grow meanwhile
+            const uint32_t state = fate_look(layers[at_layer].plan->state);
+            s_found.is_over      = is_left && fate_look(*is_left);
+            s_found.n            = fate_n_entries(state);
+            __threadfence();
+        } else if (threadIdx.x == 0) {
+            s_found.is_over = s_found.n_told == n_views;
+            while (!s_found.is_over && fate_look(sight->n_told) == s_found.n_told && fate_goes_on(layers[0], s_found.n_posts, is_left)) {
+                __nanosleep(FATE_PAUSE_NS); // a block that is running is about to plan
             }
-            __syncthreads();
-            for (int at = 0; at < s_found.n; ++at) {
-                __syncthreads();
-                if (threadIdx.x == 0) {
-                    s_entry = fate_entry(*layer.plan, at);
-                }
-                fate_copy_unclaimed<true, n_threads>(layer, s_entry, at, s_found.n_posts, s_scratch);
+            if (s_found.is_over && is_left) {
+                atomicExch(is_left, 1);
             }
-            busy_at = fate_now_ns();
-            continue;
-        }
-        if (threadIdx.x == 0) {
-            busy_at         = open != s_found.open ? fate_now_ns() : busy_at;
-            open            = s_found.open;
-            s_found.is_over = !STAYS || open == INT_MAX || fate_now_ns() - busy_at > FATE_IDLE_NS;
-            __nanosleep(FATE_PAUSE_NS);
         }
         __syncthreads();
         if (s_found.is_over) {
@@ -286,6 +259,17 @@ static __global__ void __launch_bounds__(STAYS ? FATE_CUDA_THREADS : FATE_BESIDE
                 fate_mark(layers[0], FATE_TIME_LEFT);
             }
             return;
+        }
+        if (at_layer == INT_MAX) {
+            continue;
+        }
+        const fate_cuda_layer & layer = layers[at_layer];
+        for (int at = 0; at < s_found.n; ++at) {
+            __syncthreads();
+            if (threadIdx.x == 0) {
+                s_entry = fate_entry(*layer.plan, at);
+            }
+            fate_copy_unclaimed<true, FATE_BESIDE_THREADS>(layer, s_entry, at, s_found.n_posts, is_left, s_scratch);
         }
     }
 }
@@ -318,14 +302,14 @@ static __global__ void fate_settle(const fate_cuda_layer * layers, int32_t n_lay
         fate_add(&layer.counters[FATE_COUNTER_PREFETCHES], 1);
     }
     plan.state    = 0;
-    plan.nearest  = 0;
     plan.is_taken = 0;
     plan.quiet    = FATE_QUIET_UNKNOWN;
     if (layer.sight) {
         layer.sight->is_wanted = looks;
         layer.sight->is_shown  = 0;
+        layer.sight->n_told    = 0;
+        layer.sight->is_left   = 0;
         for (fate_cuda_view & view : layer.sight->views) {
-            view.claimed = 0;
             view.arrived = 0;
         }
     }
@@ -341,33 +325,43 @@ static __device__ int32_t fate_close(fate_cuda_plan & plan) {
     while (state & FATE_PLAN_PLANNING) { // by a block that is running
         state = fate_look(plan.state);
     }
-    if (state >= FATE_PLAN_ENTRY) {
+    if (fate_n_entries(state) > 0) {
         __threadfence();
     }
     return fate_n_entries(state);
 }
 
-// Decides what becomes of the plan, alike in every block, but for what is late, by which nothing is decided: claims only grow, so that whoever looks later
-// finds the same. first[expert]: INT_MAX where the op does not need it; slot_of becomes what it is with what is kept. The block synchronises before and
-// after.
+// Reads what is planned, before the op has its ids, and cancels what nobody has begun, alike in every block: claims only grow, so that whoever looks later finds the
+// same.
+static __device__ void fate_read_plan(const fate_cuda_layer & layer, fate_cuda_ahead & ahead) {
+    const int at = threadIdx.x;
+    if (at >= ahead.n) {
+        return;
+    }
+    fate_cuda_plan & plan    = *layer.plan;
+    const uint32_t   claimed = layer.is_awaited ? 1 : atomicCAS(&plan.claimed[at], 0, FATE_CANCELLED);
+    ahead.entries[at]        = fate_entry(plan, at);
+    ahead.is_kept[at]        = claimed != 0 && claimed < FATE_CANCELLED;
+    ahead.n_done[at]         = fate_look(plan.done[at]);
+}
+
+// Decides what becomes of it, alike in every block but for what is late, by which nothing is decided. first[expert]: INT_MAX where the op does not need it; slot_of
+// becomes what it is with what is kept. The block synchronises before and after.
 static __device__ void fate_take(const fate_cuda_layer & layer, fate_cuda_ahead & ahead, const int32_t * first, int32_t * slot_of) {
     const int at = threadIdx.x;
     if (at >= FATE_PREFETCH_MAX) {
         return;
     }
     static_assert(FATE_PREFETCH_MAX == 16, "half a warp");
-    const unsigned   half    = 0xffff;
-    fate_cuda_plan & plan    = *layer.plan;
-    fate_prefetch    entry   = { 0, -1, -1 };
-    bool             is_kept = false;
-    bool             is_open = false;
-    uint32_t         n_done  = 0;
-    if (at < ahead.n) {
-        entry                  = fate_entry(plan, at);
-        const uint32_t claimed = layer.is_awaited ? 1 : atomicCAS(&plan.claimed[at], 0, FATE_CANCELLED);
-        is_kept                = claimed != 0 && claimed < FATE_CANCELLED;
-        n_done                 = fate_look(plan.done[at]);
-        is_open                = is_kept && n_done < layer.n_pieces;
+    const unsigned half    = 0xffff;
+    fate_prefetch  entry   = { 0, -1, -1 };
+    bool           is_kept = false;
+    if (at < ahead.n) { // as this thread read it
+        entry   = ahead.entries[at];
+        is_kept = ahead.is_kept[at];
+        if (is_kept && ahead.n_done[at] < layer.n_pieces) {
+            ahead.n_done[at] = fate_look(layer.plan->done[at]);
+        }
     }
     // an expert that went may have come again by a later entry
     if (is_kept && entry.victim >= 0) {
@@ -380,12 +374,10 @@ static __device__ void fate_take(const fate_cuda_layer & layer, fate_cuda_ahead 
     __syncwarp(half);
     if (at < ahead.n) {
         const bool is_needed = is_kept && first[entry.expert] != INT_MAX;
-        ahead.entries[at]    = entry;
-        ahead.is_kept[at]    = is_kept;
+        const bool is_open   = is_kept && ahead.n_done[at] < layer.n_pieces;
         ahead.is_needed[at]  = is_needed;
         ahead.is_open[at]    = is_open && (is_needed || layer.is_awaited);
         ahead.is_late[at]    = is_open && is_needed && !layer.is_awaited;
-        ahead.n_done[at]     = n_done;
     }
     __threadfence(); // of what is complete the bytes are there
 }
@@ -438,7 +430,7 @@ static __device__ bool fate_is_quiet(const fate_cuda_layer & layer, fate_cuda_ah
 static __device__ void fate_copy_open(const fate_cuda_layer & layer, fate_cuda_ahead & ahead) {
     for (int at = 0; at < ahead.n; ++at) {
         if (ahead.is_open[at]) {
-            fate_copy_unclaimed<false, FATE_CUDA_THREADS>(layer, ahead.entries[at], at, 0, ahead.piece);
+            fate_copy_unclaimed<false, FATE_CUDA_THREADS>(layer, ahead.entries[at], at, 0, nullptr, ahead.piece);
         }
     }
 }

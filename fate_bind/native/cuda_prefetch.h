@@ -1,4 +1,4 @@
-// The host's side of prefetch: hands chances over, launches what plans and copies beside the running step, and has all of it end before the next.
+// The host's side of prefetch: hands chances over, launches what plans and copies beside the running step or adds it to the step's graph, and has all of it end before the next.
 #pragma once
 
 #include "cuda_bulk.h"
@@ -25,10 +25,8 @@ public:
     void reset(cudaStream_t stream);
     // A step is about to be enqueued, outside of a capture: what the one before left is settled. is_told: of one token whose output is wanted. seen: as far as known.
     void begin(const fate_cuda_layer * layers, bool is_told, const fate_worth_seen & seen, cudaStream_t stream);
-    // Behind the op of a layer that sees others, where steps wait. May be captured.
-    void look_on(const fate_cuda_layer * layers, size_t from, cudaStream_t stream);
-    // The step was enqueued: layers are looked after beside it, where it looks and does not wait.
-    void watch(const fate_cuda_layer * layers);
+    // Behind the op of a layer that sees others, launched into the chain or not: looks, and copies what comes of it beside the step. May be captured.
+    void look_on(const fate_cuda_layer * layers, size_t from, bool chained, cudaStream_t stream);
     // What the stream does next comes behind all that is beside the step.
     void join(cudaStream_t stream);
     // chance[n_all][stride], by index, for the step begun last, enqueued or not.
@@ -38,7 +36,9 @@ public:
 private:
     double ns_per_expert(const fate_device_config & config);
     void   see(const std::vector<fate_device_layer> & layers);
-    void   fetch(const fate_cuda_layer * layers, bool stays, cudaStream_t stream);
+    void   allow(const void * kernel, size_t n_bytes);
+    void   branch(const fate_cuda_layer * layers, size_t from, cudaGraph_t graph, const cudaGraphNode_t * after, size_t n_after,
+                  bool chained);
 
     std::vector<int32_t> index_; // of each layer, among all
     const size_t         n_layers_;
@@ -51,13 +51,14 @@ private:
     device_array<char>           sights_;
     std::vector<fate_cuda_sight> views_;    // as they are on the device
     std::vector<unsigned>        n_chunks_; // by layer, of all its views
+    const size_t                 n_tables_; // bytes of shared memory of whoever plans
     size_t                       n_views_ = 0;
     device_array<float>          inputs_;
     device_array<float>          selections_;
     device_array<int8_t>         weights_;
     device_array<float>          numbers_;      // of routers: scales and biases
     int32_t                      max_embd_ = 0;
-    size_t                       n_input_  = 0; // bytes of shared memory for what a layer's router reads
+    size_t                       n_look_   = 0; // bytes of shared memory of whoever looks
     device_array<int32_t>        foretold_;
     device_array<float>          foretold_chances_;
     device_array<int32_t>        waiting_;       // [layer][max_experts]
@@ -66,12 +67,16 @@ private:
     fate_cuda_event              is_planned_[2]; // the buffer is free again
     int64_t                      n_launched_ = 0;
     fate_cuda_event              settled_;
+    fate_cuda_event              shown_;
+    fate_cuda_event              told_;
     fate_cuda_event              ended_[2];
     fate_worth                   worth_;
     bool                         rests_    = false;   // prefetch does, in the step at hand
     bool                         looks_    = false;   // in the step at hand
     bool                         is_busy_  = false;   // the streams have something of it
-    int                          n_blocks_ = 0;       // that copy
-    cudaStream_t                 side_     = nullptr;
-    cudaStream_t                 planner_  = nullptr; // beside the side stream where that stays
+    unsigned                     n_blocks_ = 0;       // that copy
+    cudaGraph_t                  graph_    = nullptr; // captured in the step at hand
+    cudaGraphNode_t              fetch_    = nullptr; // its last that copies
+    cudaStream_t                 side_     = nullptr; // copies
+    cudaStream_t                 looker_   = nullptr;
 };

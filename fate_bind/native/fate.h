@@ -89,8 +89,8 @@ enum fate_time {
     FATE_TIME_OP_COPIES = 1,  // it knows what it lacks
     FATE_TIME_OP_DONE   = 2,  // it has it; 0 where it had all when it began
     FATE_TIME_PLANNED   = 3,  // the first plan for the layer
-    FATE_TIME_WATCHED   = 4,  // whoever copies beside the step has come; of a device's first layer
-    FATE_TIME_LEFT      = 5,  // and gone
+    FATE_TIME_WATCHED   = 4,  // the first of those that copy beside the step has come; of a device's first layer
+    FATE_TIME_LEFT      = 5,  // and the last gone
     FATE_TIME_BEGUN     = 6,  // [16] the copy of an expert that was planned
     FATE_TIME_COMPLETE  = 22, // [16]
     FATE_N_TIMES        = 38,

@@ -39,7 +39,9 @@
 #define cudaGetErrorName                            hipGetErrorName
 #define cudaGetErrorString                          hipGetErrorString
 #define cudaGetLastError                            hipGetLastError
+#define cudaGraphAddKernelNode                      hipGraphAddKernelNode
 #define cudaGraphGetNodes                           hipGraphGetNodes
+#define cudaGraphNode_t                             hipGraphNode_t
 #define cudaGraph_t                                 hipGraph_t
 #define cudaHostAlloc                               hipHostMalloc
 #define cudaHostAllocMapped                         hipHostMallocMapped
@@ -50,6 +52,7 @@
 #define cudaHostRegisterPortable                    hipHostRegisterPortable
 #define cudaHostRegisterReadOnly                    0x08
 #define cudaHostUnregister                          hipHostUnregister
+#define cudaKernelNodeParams                        hipKernelNodeParams
 #define cudaMalloc                                  hipMalloc
 #define cudaMemcpy                                  hipMemcpy
 #define cudaMemcpyAsync                             hipMemcpyAsync
@@ -62,11 +65,11 @@
 #define cudaSetDevice                               hipSetDevice
 #define cudaStreamCaptureStatus                     hipStreamCaptureStatus
 #define cudaStreamCaptureStatusActive               hipStreamCaptureStatusActive
+#define cudaStreamCaptureStatusNone                 hipStreamCaptureStatusNone
 #define cudaStreamCreateWithFlags                   hipStreamCreateWithFlags
 #define cudaStreamCreateWithPriority                hipStreamCreateWithPriority
 #define cudaStreamDestroy                           hipStreamDestroy
 #define cudaStreamGetCaptureInfo_v2                 hipStreamGetCaptureInfo_v2
-#define cudaStreamIsCapturing                       hipStreamIsCapturing
 #define cudaStreamNonBlocking                       hipStreamNonBlocking
 #define cudaStreamPerThread                         hipStreamPerThread
 #define cudaStreamSynchronize                       hipStreamSynchronize

@@ -10,9 +10,10 @@
 #include <cmath>
 #include <cstdint>
 
-static const int32_t FATE_LOOKAHEAD_LAYERS = 2;  // that a layer's input tells of
-static const int32_t FATE_LOOKAHEAD_MOST   = 16; // experts of a layer that are named
-static const int32_t FATE_GATE_ALIGN       = 16; // rows are filled up with zeros to a multiple of so many
+static const int32_t FATE_LOOKAHEAD_LAYERS   = 2;  // that a layer's input tells of
+static const int32_t FATE_LOOKAHEAD_FARTHEST = 8;  // of these, where a benchmark tells in place of the input
+static const int32_t FATE_LOOKAHEAD_MOST     = 16; // experts of a layer that are named
+static const int32_t FATE_GATE_ALIGN         = 16; // rows are filled up with zeros to a multiple of so many
 
 // A later layer's router as an earlier layer sees it. A view: pointers are of the memory of whoever evaluates it.
 struct fate_gate {

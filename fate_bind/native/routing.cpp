@@ -7,8 +7,6 @@
 #include <algorithm>
 #include <mutex>
 
-static const int32_t MAX_HORIZON = 8;
-
 static std::mutex                              routing_mutex;
 static std::shared_ptr<const fate_routing>     routing;
 static std::shared_ptr<const fate_predictions> predictions;
@@ -48,9 +46,9 @@ static void check_predictions(const int32_t * ids, int32_t n_horizons, const int
                         n_horizons, n_tokens, n_layers, m, FATE_LOOKAHEAD_LAYERS, FATE_LOOKAHEAD_MOST));
     }
     for (int32_t i = 0; i < n_horizons; ++i) {
-        if (horizons[i] < 1 || horizons[i] > MAX_HORIZON || (i > 0 && horizons[i] >= horizons[i - 1])) {
-            throw fate_error(FATE_STATUS_INVALID,
-                             fate_format("horizon %d: expected 1 to %d, from the farthest to the nearest", horizons[i], MAX_HORIZON));
+        if (horizons[i] < 1 || horizons[i] > FATE_LOOKAHEAD_FARTHEST || (i > 0 && horizons[i] >= horizons[i - 1])) {
+            throw fate_error(FATE_STATUS_INVALID, fate_format("horizon %d: expected 1 to %d, from the farthest to the nearest", horizons[i],
+                                                              FATE_LOOKAHEAD_FARTHEST));
         }
     }
     const size_t n_rows = static_cast<size_t>(n_horizons) * n_tokens * n_layers;

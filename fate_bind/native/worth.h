@@ -10,7 +10,7 @@
 
 static const int32_t FATE_WORTH_STEPS  = 16;   // of a window
 static const double  FATE_WORTH_BESIDE = 0.25; // of the time of a copy: what it takes from the step beside it, and from others on the link
-static const double  FATE_WORTH_LOOK   = 0.05; // of a step: layers tell of others
+static const double  FATE_WORTH_LOOK   = 0.02; // of a step: layers tell of others
 static const double  FATE_WORTH_PLAN   = 0.01; // of a step: what the token is to use is known
 static const double  FATE_WORTH_LEAST  = 1.5;  // times what it costs to look: copies that are worth a try
 static const int32_t FATE_WORTH_REST   = 4;    // windows

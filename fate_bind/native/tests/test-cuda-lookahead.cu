@@ -1,7 +1,9 @@
-// Layers that tell of later ones on the GPU: where steps wait, against the host's layers and routers, all alike; beside the step, in every order of the two
-// streams, by the bytes that the ops' experts have when the step ends. Numbers are small and whole, so that sums are the same in any order.
+// Layers that tell of later ones on the GPU: where steps wait, against the host's layers and routers, all alike; beside the step, on streams and on branches of a
+// captured graph, and with both in a row in either order, by the bytes that the ops' experts have when the step ends. Numbers are small and whole, so that sums are
+// the same in any order.
 #include "check.h"
 #include "cuda-fixture.h"
+#include "cuda_bulk.h"
 #include "cuda_launch.h"
 
 #include <algorithm>
@@ -13,9 +15,17 @@
 static const int32_t WANTED    = 6;
 static const float   THRESHOLD = 0.5f;
 
-enum order { AWAITED, BESIDE, RUSHED, BEHIND, FORETOLD, N_ORDERS };
+// before: what is planned is copied before the next op; behind: when all ops have run
+enum order { AWAITED, BESIDE, RUSHED, BRANCHED, BEFORE, BEHIND, FORETOLD, N_ORDERS };
 
 static int64_t seen[N_ORDERS][FATE_N_COUNTERS];
+
+// Time in which something can be brought.
+static __global__ void pass(uint64_t ns) {
+    const uint64_t began = fate_now_ns();
+    while (fate_now_ns() - began < ns) {
+    }
+}
 
 template <typename T> static T * uploaded(const std::vector<T> & from) {
     T * p = device<T>(from.size());
@@ -78,7 +88,9 @@ static both router(const shape & s, std::mt19937 & random) {
 }
 
 static void run(const shape & s, order how, int n_steps, uint32_t seed) {
-    const bool                     awaited = how == AWAITED || how == FORETOLD;
+    const bool                     awaited    = how == AWAITED || how == FORETOLD;
+    const size_t                   look_bytes = fate_tables_bytes(s.n_experts) + fate_input_bytes(s.n_embd);
+    const bool                     chained    = fate_cuda_chains(0, reinterpret_cast<const void *>(fate_bring<false, false, false, true>));
     std::mt19937                   random(seed);
     std::vector<fate_cuda_layer>   layers(s.n_layers);
     std::vector<fate_cuda_sight>   sights(s.n_layers);
@@ -159,10 +171,13 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
     }
     const fate_cuda_layer * layers_there = uploaded(layers);
     fate_cuda_upload(there, sights.data(), sights.size() * sizeof(fate_cuda_sight));
-    cudaStream_t main, side, planner;
-    for (cudaStream_t * stream : { &main, &side, &planner }) {
+    cudaStream_t main, side, looker, planner;
+    for (cudaStream_t * stream : { &main, &side, &looker, &planner }) {
         FATE_CUDA(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking));
     }
+    fate_cuda_event is_shown, is_told;
+    is_shown.create();
+    is_told.create();
     int32_t *              index = device<int32_t>(s.n_layers);
     float *                start = mapped<float>(s.n_experts); // what is expected at the token's start, in every layer
     std::vector<int32_t *> record_ids;
@@ -198,18 +213,29 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
         fate_cuda_upload(end, &behind, sizeof(behind));
         fate_settle<<<1, 32, 0, main>>>(layers_there, s.n_layers, looks);
         FATE_CUDA(cudaStreamSynchronize(main));
-        const auto fetch = [&] {
-            fate_fetch<true><<<FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, fate_input_bytes(s.n_embd), side>>>(layers_there, s.n_layers,
-                                                                                                             THRESHOLD, WANTED);
+        const auto n_chunks = [&](int32_t l) {
+            unsigned n = 0;
+            for (const fate_cuda_view & view : sights[l].views) {
+                n += fate_n_chunks(view);
+            }
+            return n;
+        };
+        const auto look = [&](int32_t l, cudaStream_t on) {
+            fate_look_on<<<n_chunks(l), FATE_LOOK_THREADS, look_bytes, on>>>(layers_there, l, THRESHOLD, WANTED);
+            FATE_CUDA(cudaGetLastError());
+        };
+        const auto fetch = [&](int32_t l, cudaStream_t on) {
+            fate_fetch<<<FATE_CUDA_FILL_BLOCKS, FATE_BESIDE_THREADS, 0, on>>>(layers_there, s.n_layers, l);
             FATE_CUDA(cudaGetLastError());
         };
         for (int32_t e = 0; e < s.n_experts; ++e) {
             start[e] = random() % 3 ? 0.1f : 0.9f;
         }
-        if ((how == BESIDE || how == RUSHED) && step % 2 == 0) {
-            fetch();
+        if (how == BRANCHED) {
+            FATE_CUDA(cudaStreamBeginCapture(main, cudaStreamCaptureModeRelaxed));
         }
-        const int plans_at = how == RUSHED ? static_cast<int>(random() % (2 * s.n_layers)) : -1;
+        cudaGraphNode_t last     = nullptr; // that copies
+        const int       plans_at = how == RUSHED ? static_cast<int>(random() % (2 * s.n_layers)) : -1;
         for (int32_t l = 0; l < s.n_layers; ++l) {
             fate_cuda_call call = {};
             call.ids            = reinterpret_cast<const char *>(ids[l]);
@@ -221,31 +247,61 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
             call.record_hits    = hit[l];
             call.input          = input[l];
             if (l == plans_at) {
-                fate_plan<<<s.n_layers, FATE_BESIDE_THREADS, 0, planner>>>(layers_there, index, start, s.n_experts, THRESHOLD, WANTED);
+                fate_plan<<<s.n_layers, FATE_BESIDE_THREADS, fate_tables_bytes(s.n_experts), planner>>>(layers_there, index, start,
+                                                                                                        s.n_experts, THRESHOLD, WANTED);
             }
             fate_cuda_launch(fate_bring<false, false, false, true>, FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, fate_bring_bytes(s.n_experts),
-                             main, how == RUSHED, layers[l], call);
-            if (awaited) {
-                unsigned n = 0;
-                for (const fate_cuda_view & view : sights[l].views) {
-                    n += fate_n_chunks(view);
-                }
-                if (n > 0) {
-                    fate_look_on<<<n, FATE_CUDA_THREADS, fate_input_bytes(s.n_embd), main>>>(layers_there, l, THRESHOLD, WANTED);
-                }
-            }
+                             main, chained && (how == RUSHED || how == BRANCHED), layers[l], call);
             FATE_CUDA(cudaGetLastError());
-            if ((how == BESIDE || how == RUSHED) && step % 2 == 1 && l == 0) {
-                fetch();
+            if (n_chunks(l) == 0) {
+                continue;
+            }
+            if (awaited || how == BEFORE) {
+                look(l, main);
+            }
+            if (how == BEFORE) {
+                fetch(l, main);
+            }
+            if (how == BESIDE || how == RUSHED) {
+                FATE_CUDA(cudaEventRecord(is_shown.handle, main));
+                FATE_CUDA(cudaStreamWaitEvent(looker, is_shown.handle, 0));
+                look(l, looker);
+                FATE_CUDA(cudaEventRecord(is_told.handle, looker));
+                FATE_CUDA(cudaStreamWaitEvent(side, is_told.handle, 0));
+                fetch(l, side);
+            }
+            if (how == BRANCHED) {
+                const cudaGraphNode_t * after   = nullptr;
+                size_t                  n_after = 0;
+                const cudaGraph_t       graph   = fate_cuda_captured(main, &after, &n_after);
+                const cudaGraphNode_t first[] = { fate_cuda_branch(graph, after, n_after, chained ? n_after : 0, fate_look_on, n_chunks(l),
+                                                                   FATE_LOOK_THREADS, look_bytes, layers_there, l, THRESHOLD, WANTED),
+                                                  last };
+                last = fate_cuda_branch(graph, first, last ? 2 : 1, chained ? 1 : 0, fate_fetch, FATE_CUDA_FILL_BLOCKS, FATE_BESIDE_THREADS,
+                                        0, layers_there, s.n_layers, l);
+                pass<<<1, 1, 0, main>>>(static_cast<uint64_t>(random() % 40000));
+                FATE_CUDA(cudaGetLastError());
             }
             if (how == BESIDE) { // time in which something can be brought
                 for (volatile uint32_t spin = random() % 60000; spin > 0; spin = spin - 1) {
                 }
             }
         }
-        if (how == BEHIND) {
+        if (how == BRANCHED) {
+            cudaGraph_t     graph;
+            cudaGraphExec_t exec;
+            FATE_CUDA(cudaStreamEndCapture(main, &graph));
+            FATE_CUDA(cudaGraphInstantiate(&exec, graph, 0));
+            FATE_CUDA(cudaGraphLaunch(exec, main));
             FATE_CUDA(cudaStreamSynchronize(main));
-            fetch();
+            FATE_CUDA(cudaGraphExecDestroy(exec));
+            FATE_CUDA(cudaGraphDestroy(graph));
+        }
+        for (int32_t l = 0; how == BEHIND && l < s.n_layers; ++l) {
+            if (n_chunks(l) > 0) {
+                look(l, main);
+                fetch(l, main);
+            }
         }
         for (int32_t l = 0; l < s.n_layers; ++l) {
             const std::vector<int32_t> got = host(out[l], s.k, main);
@@ -332,13 +388,16 @@ int main() {
         fprintf(stderr, "%s\n", e.what());
         return 1;
     }
-    static const char * names[] = { "awaited", "beside", "rushed", "behind", "foretold" };
+    static const char * names[] = { "awaited", "beside", "rushed", "branched", "before", "behind", "foretold" };
     for (int how = 0; how < N_ORDERS; ++how) {
         print_prefetches(names[how], seen[how]);
     }
     CHECK(seen[AWAITED][FATE_COUNTER_PREFETCH_USEFUL] > 100 && seen[AWAITED][FATE_COUNTER_PREFETCH_CANCELLED] == 0);
     CHECK(seen[BESIDE][FATE_COUNTER_PREFETCH_USEFUL] > 0);
     CHECK(seen[RUSHED][FATE_COUNTER_PREFETCH_USEFUL] > 0 && seen[RUSHED][FATE_COUNTER_PREFETCH_CANCELLED] > 0);
+    CHECK(seen[BRANCHED][FATE_COUNTER_PREFETCH_USEFUL] > 0 && seen[BRANCHED][FATE_COUNTER_PREFETCH_CANCELLED] > 0);
+    CHECK(seen[BEFORE][FATE_COUNTER_PREFETCH_USEFUL] > 100 && seen[BEFORE][FATE_COUNTER_PREFETCH_CANCELLED] == 0);
+    CHECK(seen[BEFORE][FATE_COUNTER_PREFETCH_LATE] == 0);
     CHECK(seen[BEHIND][FATE_COUNTER_PREFETCHES] == 0);
     CHECK(seen[FORETOLD][FATE_COUNTER_PREFETCHES] > 100);
     return check_result("test-cuda-lookahead");
