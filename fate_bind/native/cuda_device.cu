@@ -444,16 +444,17 @@ void fate_cuda_device::note_launch() {
 
 void fate_cuda_device::launch(size_t layer, uint8_t path, ggml_tensor * dst, void * stream) {
     stream_ = static_cast<cudaStream_t>(stream);
+    fate_cuda_call call;
     try {
-        const fate_cuda_call call = call_of(layer, dst);
+        call = call_of(layer, dst);
         enqueue(path, layers_[layer], call);
         note_launch();
-        if (call.input) {
-            prefetch_->look_on(device_layers_.data, layer, chains_, stream_);
-        }
     } catch (const fate_error &) {
         fail(dst);
         throw;
+    }
+    if (call.input && path == FATE_PATH_POOL) { // whose op has shown it, or is about to; where this fails the op's result stands
+        prefetch_->look_on(device_layers_.data, layer, chains_, stream_);
     }
 }
 

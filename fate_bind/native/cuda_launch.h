@@ -78,6 +78,17 @@ inline bool fate_cuda_chains([[maybe_unused]] int ordinal, [[maybe_unused]] cons
 #endif
 }
 
+// Whether a node of a graph may start before a kernel that it depends on has ended, where that kernel is launched into the chain.
+inline bool fate_cuda_starts_early() {
+#if defined(__HIP__) || CUDART_VERSION < 12030
+    return false;
+#else
+    int driver = 0;
+    FATE_CUDA(cudaDriverGetVersion(&driver));
+    return driver >= 12030;
+#endif
+}
+
 template <typename... Params, typename... Args>
 void fate_cuda_launch(void (*kernel)(Params...), int n_blocks, int n_threads, size_t shared, cudaStream_t stream, bool chained,
                       Args &&... args) {
@@ -112,8 +123,9 @@ inline cudaGraph_t fate_cuda_captured(cudaStream_t stream, const cudaGraphNode_t
     return status == cudaStreamCaptureStatusActive ? graph : nullptr;
 }
 
-// Adds a kernel to a graph that is being captured, behind some of its nodes, on a branch of its own: nothing that is captured later waits for it, only whoever waits
-// for the whole graph. It may start as soon as all blocks of the first n_early nodes have said so, kernels launched into the chain, and not only when they have ended.
+// Adds a kernel to a graph that is being captured, behind some of its nodes, on a branch of its own: nothing that the stream does later in the graph waits for it, only whoever waits
+// for the whole graph. It may start as soon as all blocks of the first n_early nodes have said so, kernels launched into the chain, and not only when they have ended: 0 unless
+// fate_cuda_starts_early().
 template <typename... Params, typename... Args>
 cudaGraphNode_t fate_cuda_branch(cudaGraph_t graph, const cudaGraphNode_t * after, size_t n_after, size_t n_early,
                                  void (*kernel)(Params...), unsigned n_blocks, unsigned n_threads, size_t shared, Args &&... args) {
@@ -131,7 +143,7 @@ cudaGraphNode_t fate_cuda_branch(cudaGraph_t graph, const cudaGraphNode_t * afte
             FATE_CUDA(cudaGraphAddKernelNode(&node, graph, after + n_early, n_after - n_early, &params));
         },
         values);
-#if !defined(__HIP__)
+#if !defined(__HIP__) && CUDART_VERSION >= 12030
     cudaGraphEdgeData edge = {};
     edge.from_port         = cudaGraphKernelNodePortProgrammatic;
     edge.type              = cudaGraphDependencyTypeProgrammatic;

@@ -69,7 +69,7 @@ struct fate_cuda_layer {
     fate_cuda_sight * sight;      // null: its input tells of no other layer
     int32_t *         waiting;    // [n_experts], 1: prefetched and not used yet
     uint32_t *        n_demands;  // blocks of this engine on the device that copy what an op waits for
-    uint32_t *        n_posts;    // grows when there is something new to score or to copy
+    uint32_t *        n_posts;    // grows when there is something new to copy
     uint32_t          n_pieces;   // of an expert
     bool              is_awaited; // the op itself carries out what is planned, all of it
 

@@ -172,7 +172,7 @@ static __global__ void __launch_bounds__(FATE_LOOK_THREADS) fate_look_on(const f
         fate_pdl_launch_next();
     }
     fate_cuda_sight & sight = *layers[from].sight;
-    if (!sight.is_wanted) {
+    if (!fate_look(sight.is_wanted)) {
         return;
     }
     const int tid   = threadIdx.x;
@@ -193,7 +193,7 @@ static __global__ void __launch_bounds__(FATE_LOOK_THREADS) fate_look_on(const f
     }
     fate_read_tables(target, t);
     if (tid == 0) {
-        while (!fate_look(sight.is_shown)) { // by a block that is running
+        while (!fate_look(sight.is_shown)) { // by a block of the op that is running: where it is wanted every op that has an input shows it
         }
         __threadfence();
     }

@@ -34,7 +34,7 @@ fate_cuda_prefetch::fate_cuda_prefetch(int ordinal, const fate_device_config & c
     FATE_CUDA(cudaDeviceGetAttribute(&n_processors, cudaDevAttrMultiProcessorCount, ordinal));
     n_blocks_   = static_cast<unsigned>(std::max(1, std::min(FATE_CUDA_FILL_BLOCKS, n_processors / 8))); // ops find room beside it
     int least   = 0;
-    int highest = 0; // of priority: its blocks do not wait for all of a product
+    int highest = 0; // of priority, outside of a graph: its blocks do not wait for all of a product
     FATE_CUDA(cudaDeviceGetStreamPriorityRange(&least, &highest));
     FATE_CUDA(cudaStreamCreateWithPriority(&side_, cudaStreamNonBlocking, highest));
     const cudaError_t failed = cudaStreamCreateWithPriority(&looker_, cudaStreamNonBlocking, highest); // last: nothing may throw behind it
@@ -233,8 +233,10 @@ void fate_cuda_prefetch::look_on(const fate_cuda_layer * layers, size_t from, bo
     const cudaGraphNode_t * after   = nullptr;
     size_t                  n_after = 0;
     const cudaGraph_t       graph   = waits_ ? nullptr : fate_cuda_captured(stream, &after, &n_after);
-    if (graph) { // which is replayed in steps that look and in others
-        branch(layers, from, graph, after, n_after, chained);
+    if (graph) {      // which is replayed in steps that look and in others
+#if !defined(__HIP__) // which wants every branch joined by a stream: there steps look only where they are not captured
+        branch(layers, from, graph, after, n_after, chained && fate_cuda_starts_early());
+#endif
         return;
     }
     if (!looks_ && !waits_) { // where steps wait this may be captured

@@ -91,6 +91,7 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
     const bool                     awaited    = how == AWAITED || how == FORETOLD;
     const size_t                   look_bytes = fate_tables_bytes(s.n_experts) + fate_input_bytes(s.n_embd);
     const bool                     chained    = fate_cuda_chains(0, reinterpret_cast<const void *>(fate_bring<false, false, false, true>));
+    const bool                     early      = chained && fate_cuda_starts_early();
     std::mt19937                   random(seed);
     std::vector<fate_cuda_layer>   layers(s.n_layers);
     std::vector<fate_cuda_sight>   sights(s.n_layers);
@@ -274,10 +275,10 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
                 const cudaGraphNode_t * after   = nullptr;
                 size_t                  n_after = 0;
                 const cudaGraph_t       graph   = fate_cuda_captured(main, &after, &n_after);
-                const cudaGraphNode_t first[] = { fate_cuda_branch(graph, after, n_after, chained ? n_after : 0, fate_look_on, n_chunks(l),
-                                                                   FATE_LOOK_THREADS, look_bytes, layers_there, l, THRESHOLD, WANTED),
-                                                  last };
-                last = fate_cuda_branch(graph, first, last ? 2 : 1, chained ? 1 : 0, fate_fetch, FATE_CUDA_FILL_BLOCKS, FATE_BESIDE_THREADS,
+                const cudaGraphNode_t   first[] = { fate_cuda_branch(graph, after, n_after, early ? n_after : 0, fate_look_on, n_chunks(l),
+                                                                     FATE_LOOK_THREADS, look_bytes, layers_there, l, THRESHOLD, WANTED),
+                                                    last };
+                last = fate_cuda_branch(graph, first, last ? 2 : 1, early ? 1 : 0, fate_fetch, FATE_CUDA_FILL_BLOCKS, FATE_BESIDE_THREADS,
                                         0, layers_there, s.n_layers, l);
                 pass<<<1, 1, 0, main>>>(static_cast<uint64_t>(random() % 40000));
                 FATE_CUDA(cudaGetLastError());
