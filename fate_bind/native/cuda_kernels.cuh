@@ -17,13 +17,9 @@
 // resolve and fill
 //
 
-// Shared memory of fate_bring: arrays of cap entries, so that few experts need little of it and the launch finds room beside its predecessor.
-static inline __host__ __device__ int32_t fate_bring_cap(int32_t n_experts) {
-    return (n_experts + 31) / 32 * 32;
-}
-
+// Shared memory of fate_bring.
 static inline size_t fate_bring_bytes(int32_t n_experts) {
-    return fate_bring_cap(n_experts) * (sizeof(int64_t) + 7 * sizeof(int32_t));
+    return fate_cap(n_experts) * (sizeof(int64_t) + 7 * sizeof(int32_t));
 }
 
 static_assert(FATE_SEED_PAIRS <= FATE_CUDA_THREADS, "a thread for each pair of the rows that may seed");
@@ -86,7 +82,7 @@ template <bool SEED, bool ASK = false, bool RING = false, bool AHEAD = false>
 static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __grid_constant__ fate_cuda_layer layer,
                                                                        const __grid_constant__ fate_cuda_call  call) {
     extern __shared__ int64_t  s_last_use[];                                              // by slot
-    const int32_t              cap         = fate_bring_cap(layer.n_experts);
+    const int32_t              cap         = fate_cap(layer.n_experts);
     float * const              s_key       = reinterpret_cast<float *>(s_last_use + cap); // by slot
     int32_t * const            s_slot_of   = reinterpret_cast<int32_t *>(s_key + cap);
     int32_t * const            s_first     = s_slot_of + cap;                             // the first use in the op, INT_MAX: not needed

@@ -123,9 +123,9 @@ inline cudaGraph_t fate_cuda_captured(cudaStream_t stream, const cudaGraphNode_t
     return status == cudaStreamCaptureStatusActive ? graph : nullptr;
 }
 
-// Adds a kernel to a graph that is being captured, behind some of its nodes, on a branch of its own: nothing that the stream does later in the graph waits for it, only whoever waits
-// for the whole graph. It may start as soon as all blocks of the first n_early nodes have said so, kernels launched into the chain, and not only when they have ended: 0 unless
-// fate_cuda_starts_early().
+// Adds a kernel to a graph that is being captured, behind some of its nodes, on a branch of its own: nothing that the stream does later in the graph
+// waits for it, only whoever waits for the whole graph. It may start as soon as all blocks of the first n_early nodes have said so, kernels launched into the
+// chain, and not only when they have ended: 0 unless fate_cuda_starts_early().
 template <typename... Params, typename... Args>
 cudaGraphNode_t fate_cuda_branch(cudaGraph_t graph, const cudaGraphNode_t * after, size_t n_after, size_t n_early,
                                  void (*kernel)(Params...), unsigned n_blocks, unsigned n_threads, size_t shared, Args &&... args) {

@@ -13,10 +13,15 @@ static const int FATE_CUDA_MAX_EXPERTS = FATE_MAILBOX_EXPERTS; // also bounds th
 static const int FATE_CUDA_MAX_TENSORS = 11;
 static const int FATE_CUDA_FILL_BLOCKS = 8;                    // enough for the link, few enough to leave the multiprocessors to others
 static const int FATE_CUDA_LOADS       = 4;                    // in flight a thread
-// Of a block beside the step. It takes room in which upstream's chained kernels overlap: eight blocks of 1024 threads that stay cost a token 4.6 % when they do
-// nothing, of 256 threads 0.7 % (bench/beside.cu).
+// Of a block beside the step. It takes room in which upstream's chained kernels overlap: eight blocks of 1024 threads that stay cost a token 4 to 5 % when
+// they do nothing, of 256 threads less than 1 % (bench/beside.cu).
 static const int FATE_BESIDE_THREADS   = 256;
 static const int FATE_LOOK_THREADS     = 256;
+
+// Entries of an array in shared memory by expert or slot: few experts need little of it, and the launch finds room beside others.
+static inline __host__ __device__ int32_t fate_cap(int32_t n_experts) {
+    return (n_experts + 31) / 32 * 32;
+}
 
 struct fate_cuda_tensor {
     const char * source;

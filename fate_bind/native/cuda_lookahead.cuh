@@ -1,5 +1,5 @@
-// What a layer's input tells of later layers: the op puts the input aside, the blocks of a kernel behind it apply the routers of those layers to it, and the last
-// of a layer's plans.
+// What a layer's input tells of later layers: the op puts the input aside, blocks behind it or beside it apply the routers of those layers to it, and the
+// last that does so for a layer plans for it.
 #pragma once
 
 #include "cuda_plan.cuh"
@@ -162,8 +162,8 @@ static __device__ void fate_gate_chances_of(const fate_cuda_layer & target, cons
     __syncthreads();
 }
 
-// One block a chunk of each view, behind the op that shows its input, or beside it when all of the op's blocks have started. What does not hang on the input is read
-// before it is there. The last block of a view plans for the layer that is seen.
+// One block a chunk of each view, behind the op that shows its input, or beside it when all of the op's blocks have started. What does not hang on the input is
+// read before it is there. The last block of a view plans for the layer that is seen.
 static __global__ void __launch_bounds__(FATE_LOOK_THREADS) fate_look_on(const fate_cuda_layer * layers, int32_t from, float threshold,
                                                                          int32_t wanted) {
     extern __shared__ int64_t     s_look[]; // tables, then the input

@@ -9,8 +9,8 @@
 
 static const uint32_t FATE_CANCELLED = 1u << 31;
 
-// A plan's state: whether its layer's op has come, whether a block is planning, how near the nearest layer that told is, 0: none has, and how many entries there
-// are.
+// A plan's state: whether its layer's op has come, whether a block is planning, how near the nearest layer that told is, 0: none has, and how many
+// entries there are.
 static const uint32_t FATE_PLAN_CLOSED   = 1;
 static const uint32_t FATE_PLAN_PLANNING = 2;
 static const uint32_t FATE_PLAN_NEAREST  = 4;
@@ -51,7 +51,7 @@ struct fate_cuda_planning {
     bool          is_last;
 };
 
-// And what grows with the layer, so that few experts need little of it and the block finds room beside others.
+// And what grows with the layer.
 struct fate_cuda_tables {
     fate_rank * rank;      // by slot
     float *     chance;
@@ -63,11 +63,11 @@ struct fate_cuda_tables {
 };
 
 static inline __host__ __device__ size_t fate_tables_bytes(int32_t n_experts) {
-    return static_cast<size_t>((n_experts + 31) / 32 * 32) * (sizeof(fate_rank) + 4 * sizeof(int32_t) + 2);
+    return static_cast<size_t>(fate_cap(n_experts)) * (sizeof(fate_rank) + 4 * sizeof(int32_t) + 2);
 }
 
 static __device__ __forceinline__ fate_cuda_tables fate_tables_in(void * shared, int32_t n_experts) {
-    const int32_t    cap = (n_experts + 31) / 32 * 32;
+    const int32_t    cap = fate_cap(n_experts);
     fate_cuda_tables t;
     t.rank      = static_cast<fate_rank *>(shared);
     t.chance    = reinterpret_cast<float *>(t.rank + cap);
@@ -126,9 +126,9 @@ static __device__ bool fate_open_plan(fate_cuda_plan & plan, int32_t distance, u
     }
 }
 
-// A block plans for one layer, whose op may come any time; all threads call it. t: as fate_read_tables() left it, and the chances; written, maybe by others.
-// distance: of the layer that tells, 0: the token itself did. What an earlier plan has is kept, but what a layer that tells more does not hold with is cancelled
-// unless it was begun or is awaited.
+// A block plans for one layer, whose op may come any time; all threads call it. t: as fate_read_tables() left it, and the chances; written, maybe
+// by others. distance: of the layer that tells, 0: the token itself did. What an earlier plan has is kept, but what a layer that tells more does not hold with
+// is cancelled unless it was begun or is awaited.
 static __device__ void fate_plan_layer(const fate_cuda_layer & layer, int32_t distance, float threshold, int32_t wanted,
                                        fate_cuda_planning & s, const fate_cuda_tables & t) {
     fate_cuda_plan & plan      = *layer.plan;

@@ -230,43 +230,49 @@ void fate_cuda_prefetch::look_on(const fate_cuda_layer * layers, size_t from, bo
     if (n_chunks_[from] == 0) {
         return;
     }
+    const int32_t at   = static_cast<int32_t>(from);
+    const auto    look = [&](cudaStream_t on) {
+        fate_look_on<<<n_chunks_[from], FATE_LOOK_THREADS, n_look_, on>>>(layers, at, threshold_, wanted_);
+        FATE_CUDA(cudaGetLastError());
+    };
+    if (waits_) {
+        look(stream);
+        return;
+    }
     const cudaGraphNode_t * after   = nullptr;
     size_t                  n_after = 0;
-    const cudaGraph_t       graph   = waits_ ? nullptr : fate_cuda_captured(stream, &after, &n_after);
-    if (graph) {      // which is replayed in steps that look and in others
-#if !defined(__HIP__) // which wants every branch joined by a stream: there steps look only where they are not captured
-        branch(layers, from, graph, after, n_after, chained && fate_cuda_starts_early());
-#endif
+    if (const cudaGraph_t graph = fate_cuda_captured(stream, &after, &n_after)) { // which is replayed in steps that look and in others
+        branch(layers, from, graph, after, n_after, chained);
         return;
     }
-    if (!looks_ && !waits_) { // where steps wait this may be captured
+    if (!looks_) {
         return;
     }
-    const cudaStream_t on = waits_ ? stream : looker_;
-    if (!waits_) {
-        is_busy_ = true; // before anything that can fail half-way
-        FATE_CUDA(cudaEventRecord(shown_.handle, stream));
-        FATE_CUDA(cudaStreamWaitEvent(on, shown_.handle, 0));
-    }
-    fate_look_on<<<n_chunks_[from], FATE_LOOK_THREADS, n_look_, on>>>(layers, static_cast<int32_t>(from), threshold_, wanted_);
+    is_busy_ = true; // before anything that can fail half-way
+    FATE_CUDA(cudaEventRecord(shown_.handle, stream));
+    FATE_CUDA(cudaStreamWaitEvent(looker_, shown_.handle, 0));
+    look(looker_);
+    FATE_CUDA(cudaEventRecord(told_.handle, looker_));
+    FATE_CUDA(cudaStreamWaitEvent(side_, told_.handle, 0));
+    fate_fetch<<<n_blocks_, FATE_BESIDE_THREADS, 0, side_>>>(layers, static_cast<int32_t>(n_layers_), at);
     FATE_CUDA(cudaGetLastError());
-    if (!waits_) {
-        FATE_CUDA(cudaEventRecord(told_.handle, on));
-        FATE_CUDA(cudaStreamWaitEvent(side_, told_.handle, 0));
-        fate_fetch<<<n_blocks_, FATE_BESIDE_THREADS, 0, side_>>>(layers, static_cast<int32_t>(n_layers_), static_cast<int32_t>(from));
-        FATE_CUDA(cudaGetLastError());
-    }
 }
 
-// The step's own kernels go on beside what is added here: a graph has no end before all of its nodes have.
-void fate_cuda_prefetch::branch(const fate_cuda_layer * layers, size_t from, cudaGraph_t graph, const cudaGraphNode_t * after,
-                                size_t n_after, bool chained) {
-    const cudaGraphNode_t look    = fate_cuda_branch(graph, after, n_after, chained ? n_after : 0, fate_look_on, n_chunks_[from],
-                                                     FATE_LOOK_THREADS, n_look_, layers, static_cast<int32_t>(from), threshold_, wanted_);
+// The step's own kernels go on beside what is added here: a graph has no end before all of its nodes have. Not so under HIP, which wants every branch joined by a
+// stream: there steps look only where they are not captured.
+void fate_cuda_prefetch::branch([[maybe_unused]] const fate_cuda_layer * layers, [[maybe_unused]] size_t from,
+                                [[maybe_unused]] cudaGraph_t graph, [[maybe_unused]] const cudaGraphNode_t * after,
+                                [[maybe_unused]] size_t n_after, [[maybe_unused]] bool chained) {
+#if !defined(__HIP__)
+    const int32_t         at      = static_cast<int32_t>(from);
+    const bool            early   = chained && fate_cuda_starts_early();
+    const cudaGraphNode_t look    = fate_cuda_branch(graph, after, n_after, early ? n_after : 0, fate_look_on, n_chunks_[from],
+                                                     FATE_LOOK_THREADS, n_look_, layers, at, threshold_, wanted_);
     const cudaGraphNode_t first[] = { look, fetch_ };
-    fetch_ = fate_cuda_branch(graph, first, graph == graph_ ? 2 : 1, chained ? 1 : 0, fate_fetch, n_blocks_, FATE_BESIDE_THREADS, 0, layers,
-                              static_cast<int32_t>(n_layers_), static_cast<int32_t>(from));
+    fetch_ = fate_cuda_branch(graph, first, graph == graph_ ? 2 : 1, early ? 1 : 0, fate_fetch, n_blocks_, FATE_BESIDE_THREADS, 0, layers,
+                              static_cast<int32_t>(n_layers_), at);
     graph_ = graph;
+#endif
 }
 
 void fate_cuda_prefetch::launch(const fate_cuda_layer * layers, const int32_t * index, const float * chance, size_t n_all, int32_t stride,

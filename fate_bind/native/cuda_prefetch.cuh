@@ -1,8 +1,8 @@
 // Experts brought in beside the running step: planned layer by layer, copied in pieces that are claimed one by one, taken over by the layer's own op.
 //
-// Kernels on other streams, or on branches of the step's graph, plan and copy while it runs; nothing waits for a kernel that may not have begun. A layer's op closes its gate, so
-// that from then on nobody plans for it. Of what is planned it cancels whatever nobody has begun, which then never was; the rest enters its tables. It copies
-// the unclaimed pieces of those that it needs itself, and waits only for pieces that somebody has claimed, who therefore is running.
+// Kernels on other streams, or on branches of the step's graph, plan and copy while it runs; nothing waits for a kernel that may not have begun. A layer's op
+// closes its gate, so that from then on nobody plans for it. Of what is planned it cancels whatever nobody has begun, which then never was; the rest enters its
+// tables. It copies the unclaimed pieces of those that it needs itself, and waits only for pieces that somebody has claimed, who therefore is running.
 #pragma once
 
 #include "cuda_copy.cuh"
@@ -217,9 +217,9 @@ static __device__ void fate_find_chores(const fate_cuda_layer * layers, int32_t 
     __syncthreads();
 }
 
-// Copies what is planned, in the order of the layers, until nothing is left, however long that takes: what is planned meanwhile too. from: the layer that is telling of
-// others, by blocks that have all started, -1: none. Behind a layer that tells, the first block that finds nothing left has all leave: whoever comes behind a later
-// layer copies with all its blocks what would else be left to one that is late.
+// Copies what is planned, in the order of the layers, until nothing is left: what is planned meanwhile too. from: the layer that is telling of others, by
+// blocks that have all started, -1: none. Behind a layer that tells, the first block that finds nothing left has all leave: whoever comes behind a later layer
+// copies with all its blocks what would else be left to one that is late.
 static __global__ void __launch_bounds__(FATE_BESIDE_THREADS) fate_fetch(const fate_cuda_layer * layers, int32_t n_layers, int32_t from) {
     __shared__ fate_cuda_chores s_found;
     __shared__ uint32_t         s_scratch;
@@ -331,8 +331,8 @@ static __device__ int32_t fate_close(fate_cuda_plan & plan) {
     return fate_n_entries(state);
 }
 
-// Reads what is planned, before the op has its ids, and cancels what nobody has begun, alike in every block: claims only grow, so that whoever looks later finds the
-// same.
+// Reads what is planned, before the op has its ids, and cancels what nobody has begun, alike in every block: claims only grow, so that whoever looks later finds
+// the same.
 static __device__ void fate_read_plan(const fate_cuda_layer & layer, fate_cuda_ahead & ahead) {
     const int at = threadIdx.x;
     if (at >= ahead.n) {
@@ -345,8 +345,8 @@ static __device__ void fate_read_plan(const fate_cuda_layer & layer, fate_cuda_a
     ahead.n_done[at]         = fate_look(plan.done[at]);
 }
 
-// Decides what becomes of it, alike in every block but for what is late, by which nothing is decided. first[expert]: INT_MAX where the op does not need it; slot_of
-// becomes what it is with what is kept. The block synchronises before and after.
+// Decides what becomes of it, alike in every block but for what is late, by which nothing is decided. first[expert]: INT_MAX where the op does not need it;
+// slot_of becomes what it is with what is kept. The block synchronises before and after.
 static __device__ void fate_take(const fate_cuda_layer & layer, fate_cuda_ahead & ahead, const int32_t * first, int32_t * slot_of) {
     const int at = threadIdx.x;
     if (at >= FATE_PREFETCH_MAX) {

@@ -1,4 +1,5 @@
-// The host's side of prefetch: hands chances over, launches what plans and copies beside the running step or adds it to the step's graph, and has all of it end before the next.
+// The host's side of prefetch: hands chances over, launches what plans and copies beside the running step or adds it to the step's graph, and has
+// all of it end before the next.
 #pragma once
 
 #include "cuda_bulk.h"
@@ -25,7 +26,7 @@ public:
     void reset(cudaStream_t stream);
     // A step is about to be enqueued, outside of a capture: what the one before left is settled. is_told: of one token whose output is wanted. seen: as far as known.
     void begin(const fate_cuda_layer * layers, bool is_told, const fate_worth_seen & seen, cudaStream_t stream);
-    // Behind the op of a layer that sees others, launched into the chain or not: looks, and copies what comes of it beside the step. May be captured.
+    // Behind the op of a layer that sees others, launched into the chain or not: looks, and copies what comes of it. May be captured.
     void look_on(const fate_cuda_layer * layers, size_t from, bool chained, cudaStream_t stream);
     // What the stream does next comes behind all that is beside the step.
     void join(cudaStream_t stream);

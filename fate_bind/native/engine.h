@@ -244,7 +244,7 @@ private:
     bool                         scores_due_  = false; // scores_ were handed over early, by flush()
     bool                         ran_         = false; // a layer ran in this step
     std::string                  error_;               // of an op; fails the ubatch
-    std::atomic<int64_t>         graph_nodes_{ 0 };    // of the newest captured graph, up to the last op of ours
+    std::atomic<int64_t>         graph_nodes_{ 0 };    // of the newest captured graph, up to the last op of ours, branches included
 
     std::vector<float>   scores_;
     std::vector<float>   bonus_;

@@ -290,7 +290,7 @@ typedef struct fate_info {
     int64_t       pool_bytes;   // staging included
     int64_t       gpu_launches; // of ops of ours, by the host
     int64_t       gpu_captures; // of these, into a graph: replays of it launch without the host
-    int64_t       gpu_nodes;    // of the newest captured graph, up to the last op of ours in it
+    int64_t       gpu_nodes;    // of the newest captured graph, up to the last op of ours in it, branches included
     const char *  bounced;  // why a GPU's experts go through a ring of pinned memory, which is slower; "" if it reads them where they are
     const char *  blind;    // FATE_PREFETCH_LAYER: why no layer tells of later ones, "" if some do
     int64_t       gpu_asks; // callback mode: misses about which a GPU asked

@@ -1,6 +1,6 @@
-// Layers that tell of later ones on the GPU: where steps wait, against the host's layers and routers, all alike; beside the step, on streams and on branches of a
-// captured graph, and with both in a row in either order, by the bytes that the ops' experts have when the step ends. Numbers are small and whole, so that sums are
-// the same in any order.
+// Layers that tell of later ones on the GPU: where steps wait, against the host's layers and routers, all alike; beside the step, on streams and on branches
+// of a captured graph, and with both in a row in either order, by the bytes that the ops' experts have when the step ends. Numbers are small and whole, so that
+// sums are the same in any order.
 #include "check.h"
 #include "cuda-fixture.h"
 #include "cuda_bulk.h"
