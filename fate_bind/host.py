@@ -70,8 +70,8 @@ class Host:
             _check_record(record)
         self._given = policy
         first = make_policy(config) if policy is None else policy
-        if config.chose_prefetch and not getattr(first, "is_linear", True):  # Python would predict, too late
-            config = replace(config, prefetch="off")
+        if config.prefetch == "token" and config.chose_prefetch and not getattr(first, "is_linear", True):
+            config = replace(config, prefetch="layer")  # Python would predict, too late
         self.config = config
         check_mode(first, config.mode)
         self.prefetches = config.prefetches and config.mode == "table"

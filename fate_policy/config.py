@@ -219,9 +219,11 @@ class Config:
             else:
                 config = replace(config, policy="lru", params={}, passed_over=str(trained or ""))
         if config.prefetch == AUTO:
-            is_at_once = config.mode == "table" and not config.sync and config.refresh_tokens == 1
-            pays = config.policy == "classifier" and is_at_once
-            config = replace(config, prefetch="token" if pays else "off", chose_prefetch=True)
+            chosen = "off"  # copies that a token waits for do not pay
+            if config.mode == "table" and not config.sync:
+                is_native = config.policy == "classifier" and config.refresh_tokens == 1
+                chosen = "token" if is_native else "layer"
+            config = replace(config, prefetch=chosen, chose_prefetch=True)
         return config
 
     @property

@@ -169,7 +169,10 @@ std::string fate_engine::why_blind() const {
 void fate_engine::open_views() {
     for (size_t i = 0; i < blocks_.size(); ++i) {
         block & b = *blocks_[i];
-        b.views   = b.n_slots > 0 ? views_of(static_cast<int32_t>(i)) : std::vector<fate_device_view>();
+        b.views.clear();
+        if (b.n_slots > 0 && (sync_ || b.dev)) { // on the CPU layers tell only where steps wait
+            b.views = views_of(static_cast<int32_t>(i));
+        }
         for (fate_device_view & view : b.views) {
             view.gate.weights        = view.weights.data();
             view.gate.scale          = view.scale.data();

@@ -2,7 +2,8 @@
 //
 // It hides the copies, or the parts of them, that are there at the first use. It costs the looking, a share of every step, and what copies beside a step take
 // from it, a share of their own time. Where it does not pay it rests, first for some windows, then for twice as many each time, up to a limit; in between it is
-// tried again. Where all copies together take hardly longer than the looking it is not even tried.
+// tried again, and a try that has shown enough is given up before its window ends. Where all copies together take hardly longer than the looking it is not even
+// tried.
 #pragma once
 
 #include <algorithm>
@@ -14,6 +15,8 @@ static const double  FATE_WORTH_LOOK   = 0.02; // of a step: layers tell of othe
 static const double  FATE_WORTH_PLAN   = 0.01; // of a step: what the token is to use is known
 static const double  FATE_WORTH_LEAST  = 1.5;  // times what it costs to look: copies that are worth a try
 static const int32_t FATE_WORTH_REST   = 4;    // windows
+static const int32_t FATE_WORTH_TRY    = 4;    // steps that may be enough of a try
+static const int64_t FATE_WORTH_SHOWN  = 32;   // experts brought in that are
 static const int32_t FATE_WORTH_MAX_REST = 128;
 
 // So far.
@@ -44,34 +47,46 @@ public:
         if (!is_told) {
             return false;
         }
-        if (++n_steps_ > FATE_WORTH_STEPS) {
+        if (n_steps_ == FATE_WORTH_STEPS || (is_shown(seen) && !pays(seen))) {
             is_on_       = judge(seen);
-            n_steps_     = 1;
+            n_steps_     = 0;
             shortest_ns_ = 0;
             before_      = seen;
         }
+        ++n_steps_;
         return is_on_;
     }
 
     void reset() { *this = fate_worth(ns_per_expert_, cost_); }
 
 private:
+    // Whether a try has brought in enough to be judged.
+    bool is_shown(const fate_worth_seen & seen) const {
+        return is_on_ && is_try_ && n_steps_ >= FATE_WORTH_TRY && seen.n_brought - before_.n_brought >= FATE_WORTH_SHOWN;
+    }
+
+    double looking() const { return cost_ * static_cast<double>(shortest_ns_) * n_steps_; }
+
+    bool pays(const fate_worth_seen & seen) const {
+        const double hidden = ns_per_expert_ * (seen.n_hidden - before_.n_hidden);
+        const double beside = FATE_WORTH_BESIDE * ns_per_expert_ * static_cast<double>(seen.n_brought - before_.n_brought);
+        return hidden >= looking() + beside;
+    }
+
     // A window is over: whether it runs in the next.
     bool judge(const fate_worth_seen & seen) {
-        n_resting_           = std::max(0, n_resting_ - 1);
-        const double looking = cost_ * static_cast<double>(shortest_ns_) * FATE_WORTH_STEPS;
-        if (ns_per_expert_ * static_cast<double>(seen.n_came - before_.n_came) < FATE_WORTH_LEAST * looking) {
+        n_resting_ = std::max(0, n_resting_ - 1);
+        if (ns_per_expert_ * static_cast<double>(seen.n_came - before_.n_came) < FATE_WORTH_LEAST * looking()) {
+            is_try_ = true;
             return false;
         }
         if (!is_on_) {
             return n_resting_ == 0;
         }
-        const double hidden = ns_per_expert_ * (seen.n_hidden - before_.n_hidden);
-        const double beside = FATE_WORTH_BESIDE * ns_per_expert_ * static_cast<double>(seen.n_brought - before_.n_brought);
-        const bool   pays   = hidden >= looking + beside;
-        n_resting_          = pays ? 0 : rest_;
-        rest_               = pays ? FATE_WORTH_REST : std::min(2 * rest_, FATE_WORTH_MAX_REST);
-        return pays;
+        is_try_    = !pays(seen);
+        n_resting_ = is_try_ ? rest_ : 0;
+        rest_      = is_try_ ? std::min(2 * rest_, FATE_WORTH_MAX_REST) : FATE_WORTH_REST;
+        return !is_try_;
     }
 
     double          ns_per_expert_;
@@ -83,6 +98,7 @@ private:
     int64_t         shortest_ns_ = 0;     // step of the window at hand
     int32_t         n_steps_     = 0;     // of the window
     bool            is_on_       = true;
+    bool            is_try_      = true;  // nothing says yet that it pays
     int32_t         n_resting_   = 0;     // windows to come
     int32_t         rest_        = FATE_WORTH_REST;
 };

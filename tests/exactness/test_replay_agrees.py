@@ -250,8 +250,8 @@ def test_without_sync_the_engine_evaluates_the_classifier_itself(
     assert replay(trace, "lru") != engine
 
 
-def test_what_python_would_evaluate_does_not_prefetch_by_itself(profile: Path) -> None:
-    for weights, prefetch in ((False, "token"), (True, "off")):
+def test_what_python_would_evaluate_is_not_asked_for_the_token_by_itself(profile: Path) -> None:
+    for weights, prefetch in ((False, "token"), (True, "layer")):
         policy = Classifier.of(fitted_on(profile, weights))
         with Session(args=ARGS, policy=policy, slots=10) as session:
             session.logits(session.tokenize(TEXT))

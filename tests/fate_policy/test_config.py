@@ -76,7 +76,7 @@ def test_a_name_is_enough() -> None:
 
 def test_auto_is_lru_without_a_fitted_model() -> None:
     config = load().settled()
-    assert (config.policy, config.params, config.prefetch) == ("lru", {}, "off")
+    assert (config.policy, config.params, config.prefetch) == ("lru", {}, "layer")
     assert type(make_policy(load())) is LRU
     with pytest.raises(PolicyConfigError, match="policy is auto; write parameters under `classifier:`"):
         load("auto", {"params": {"a": 1}})
@@ -94,7 +94,7 @@ def test_auto_takes_a_fitted_model_unless_it_is_worse_than_lru(tmp_path: Path) -
         assert config.policy == ("classifier" if taken else "lru")
         assert config.params == ({**CLASSIFIER, "model": str(path)} if taken else {})
         assert config.passed_over == ("" if taken else str(path))
-        assert config.prefetch == ("token" if taken else "off")
+        assert config.prefetch == ("token" if taken else "layer")
         assert load("lru").settled(path).policy == "lru"
         given = load("auto", {"classifier": {"learn": False, "model": str(path)}}).settled()
         assert given.params == ({**CLASSIFIER, "learn": False, "model": str(path)} if taken else {})
@@ -115,10 +115,13 @@ def test_auto_takes_a_fitted_model_unless_it_is_worse_than_lru(tmp_path: Path) -
         ("classifier", {}, "token"),
         ("classifier", {"sync": True}, "off"),
         ("classifier", {"mode": "callback"}, "off"),
-        ("classifier", {"refresh_tokens": 4}, "off"),
+        ("classifier", {"refresh_tokens": 4}, "layer"),
         ("classifier", {"prefetch": "off"}, "off"),
         ("classifier", {"prefetch": "both"}, "both"),
-        ("frequency", {}, "off"),
+        ("frequency", {}, "layer"),
+        ("frequency", {"sync": True}, "off"),
+        ("frequency", {"mode": "callback"}, "off"),
+        ("frequency", {"prefetch": "off"}, "off"),
         ("frequency", {"prefetch": "layer"}, "layer"),
     ],
 )

@@ -134,7 +134,10 @@ def test_same_bits_as_resident(
     assert stats["timeouts"] == 0
     assert total["bypassed"] == 0
     assert total["routed"] == total["hits"] + total["misses"] + total["staged"]
-    assert total["fills"] == total["misses"] + total["seed_fills"] > 0
+    came = total["misses"] - total["prefetch_late"] + total["prefetches"] + total["seed_fills"]
+    assert total["fills"] == came > 0
+    if mode == "table" and n_slots > K and workload in ("decode", "mixed"):
+        assert total["prefetches"] > 0
     if workload == "decode":
         assert total["hits"] + total["misses"] == (64 + (8 if n_slots >= 8 * K else 0)) * N_LAYERS * K
 
@@ -161,7 +164,13 @@ def test_replay_counts_what_the_device_counts(
 ) -> None:
     path = tmp_path / "trace.npz"
     with pooled.fork(
-        policy=POLICIES[policy](), slots=slots, mode=mode, sync=sync, record=path, require=True
+        policy=POLICIES[policy](),
+        slots=slots,
+        mode=mode,
+        sync=sync,
+        prefetch="off",
+        record=path,
+        require=True,
     ) as session:
         session.logits(tokens[:40])
         for token in tokens[40:100]:
@@ -232,7 +241,8 @@ def test_one_node_a_layer_is_all_that_a_decoded_token_has_more(tokens: list[int]
     try:
         for name, options in (
             ("resident", {"args": [*ARGS, *RESIDENT], "mode": "off", "place": False}),
-            ("pool", {"args": ARGS, "slots": 8, "require": True}),
+            ("pool", {"args": ARGS, "slots": 8, "require": True, "prefetch": "off"}),
+            ("ahead", {"args": ARGS, "slots": 8, "require": True}),
         ):
             with Session(policy="lru", **options) as session:
                 for token in tokens[:6]:
@@ -242,6 +252,7 @@ def test_one_node_a_layer_is_all_that_a_decoded_token_has_more(tokens: list[int]
         library.check(lib.fate_replay_routing(ffi.NULL, 0, 0, 0))
     assert nodes["resident"] > 0
     assert nodes["pool"] == nodes["resident"] + N_LAYERS
+    assert nodes["ahead"] == nodes["pool"] + 2 * (N_LAYERS - 1)  # beside them, behind each layer that tells
 
 
 def test_large_prompts_are_never_captured(resident: Session, pooled: Session, tokens: list[int]) -> None:

@@ -36,14 +36,19 @@ int main() {
     }
     {
         driven d;
-        CHECK(d.run(64, 0.2) == FATE_WORTH_STEPS); // copies beside the steps cost more
+        CHECK(d.run(64, 0.2) == FATE_WORTH_TRY); // copies beside the steps cost more, which is soon seen
         const int later = d.run(8000, 0.0);
         CHECK(later > 0 && later < 160);
         // it comes back when what is predicted turns right, after a rest at most
         d.run((FATE_WORTH_MAX_REST + 2) * FATE_WORTH_STEPS, 1.0);
         CHECK(d.run(500, 1.0) == 500);
-        // and begins anew with short rests
-        CHECK(d.run(200, 0.0) > FATE_WORTH_STEPS);
+        // where it paid a whole window is looked at; then it begins anew with short rests
+        CHECK(d.run(3 * FATE_WORTH_STEPS, 0.0) > FATE_WORTH_TRY);
+        CHECK(d.run(5 * FATE_WORTH_STEPS, 0.0) == FATE_WORTH_TRY);
+    }
+    {
+        driven d; // too few to tell before the window is over
+        CHECK(d.run(64, 0.2, 2) == FATE_WORTH_STEPS);
     }
     {
         driven d; // half of two experts a step hide a tenth of it, of a quarter of one less than looking costs
