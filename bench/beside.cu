@@ -198,6 +198,7 @@ int main() {
 
     const copier copiers[] = {
         { "8 x 1024, 4 loads", [&] { copy<1024, 4><<<8, 1024, 0, side>>>(from, to, claimed); }                                              },
+        { "8 x 256, 4 loads",  [&] { copy<256, 4><<<8, 256, 0, side>>>(from, to, claimed); }                                                },
         { "8 x 256, 8 loads",  [&] { copy<256, 8><<<8, 256, 0, side>>>(from, to, claimed); }                                                },
         { "8 x 256, 16 loads", [&] { copy<256, 16><<<8, 256, 0, side>>>(from, to, claimed); }                                               },
         { "the copy engine",   [&] { CHECK(cudaMemcpyAsync(to, from, size_t(N_PIECES) * PIECE_UNITS * 16, cudaMemcpyHostToDevice, side)); } },

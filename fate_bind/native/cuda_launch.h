@@ -111,14 +111,16 @@ void fate_cuda_launch(void (*kernel)(Params...), int n_blocks, int n_threads, si
 #endif
 }
 
-// The graph that a stream is captured into, null: none. after: what the stream's next node would depend on, until something is done with the stream.
-inline cudaGraph_t fate_cuda_captured(cudaStream_t stream, const cudaGraphNode_t ** after = nullptr, size_t * n_after = nullptr) {
+// The graph that a stream is captured into, null: none. after: what the stream's next node would depend on, until something is done with the stream. id: of the
+// capture, never the same again.
+inline cudaGraph_t fate_cuda_captured(cudaStream_t stream, const cudaGraphNode_t ** after = nullptr, size_t * n_after = nullptr,
+                                      unsigned long long * id = nullptr) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     cudaGraph_t             graph  = nullptr;
 #if CUDART_VERSION >= 13000
-    FATE_CUDA(cudaStreamGetCaptureInfo(stream, &status, nullptr, &graph, after, nullptr, n_after));
+    FATE_CUDA(cudaStreamGetCaptureInfo(stream, &status, id, &graph, after, nullptr, n_after));
 #else
-    FATE_CUDA(cudaStreamGetCaptureInfo_v2(stream, &status, nullptr, &graph, after, n_after));
+    FATE_CUDA(cudaStreamGetCaptureInfo_v2(stream, &status, id, &graph, after, n_after));
 #endif
     return status == cudaStreamCaptureStatusActive ? graph : nullptr;
 }

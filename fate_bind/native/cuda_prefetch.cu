@@ -4,9 +4,12 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstring>
+#include <mutex>
 
 static const size_t MEASURED_BYTES = 32 << 20; // at most, unless an expert has more
+static const double LEISURE        = 1.5;      // a copy that comes gently takes at most so many times as long as one that does not
 
 fate_cuda_prefetch::fate_cuda_prefetch(int ordinal, const fate_device_config & config, size_t max_experts) :
     n_layers_(config.layers.size()),
@@ -20,6 +23,7 @@ fate_cuda_prefetch::fate_cuda_prefetch(int ordinal, const fate_device_config & c
     plans_.allocate(n_layers_ * sizeof(fate_cuda_plan));
     waiting_.allocate(n_layers_ * max_experts);
     words_.allocate(2);
+    leisure_.allocate(1);
     for (int i = 0; i < 2; ++i) {
         is_planned_[i].create();
         ended_[i].create();
@@ -154,7 +158,9 @@ void fate_cuda_prefetch::see(const std::vector<fate_device_layer> & layers) {
 
 // Shared memory that a kernel may be launched with.
 void fate_cuda_prefetch::allow(const void * kernel, size_t n_bytes) {
-    cudaFuncAttributes now;
+    static std::mutex                 mutex;
+    const std::lock_guard<std::mutex> lock(mutex);
+    cudaFuncAttributes                now;
     FATE_CUDA(cudaFuncGetAttributes(&now, kernel));
     if (now.maxDynamicSharedSizeBytes < static_cast<int>(n_bytes)) { // another engine may need more
         FATE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(n_bytes)));
@@ -190,6 +196,7 @@ void fate_cuda_prefetch::bind(fate_cuda_layer & layer, size_t at) const {
     layer.waiting    = waiting_.data + at * max_experts_;
     layer.n_demands  = words_.data;
     layer.n_posts    = words_.data + 1;
+    layer.leisure    = leisure_.data;
     layer.is_awaited = waits_;
     layer.n_pieces   = 0;
     for (int32_t t = 0; t < layer.n_tensors; ++t) {
@@ -209,13 +216,19 @@ void fate_cuda_prefetch::reset(cudaStream_t stream) {
 
 void fate_cuda_prefetch::begin(const fate_cuda_layer * layers, bool is_told, const fate_worth_seen & seen, cudaStream_t stream) {
     join(stream);
-    graph_            = nullptr;
     const int64_t now = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
     rests_            = !waits_ && !worth_.begin(is_told, seen, now);
     looks_            = is_told && n_views_ > 0 && !rests_;
-    fate_settle<<<static_cast<unsigned>((n_layers_ + 31) / 32), 32, 0, stream>>>(layers, static_cast<int32_t>(n_layers_), looks_);
+    fate_settle<<<static_cast<unsigned>((n_layers_ + 31) / 32), 32, 0, stream>>>(layers, static_cast<int32_t>(n_layers_), looks_,
+                                                                                 leisure());
     FATE_CUDA(cudaGetLastError());
     FATE_CUDA(cudaEventRecord(settled_.handle, stream));
+}
+
+// So many layers take longer than a copy that comes gently; and one for the way from telling to copying.
+int32_t fate_cuda_prefetch::leisure() const {
+    const double per_layer = worth_.copies_per_step() / static_cast<double>(n_layers_);
+    return per_layer > 0 ? 1 + static_cast<int32_t>(std::min(std::ceil(LEISURE / per_layer), 1e6)) : INT32_MAX;
 }
 
 void fate_cuda_prefetch::join(cudaStream_t stream) {
@@ -241,8 +254,9 @@ void fate_cuda_prefetch::look_on(const fate_cuda_layer * layers, size_t from, bo
     }
     const cudaGraphNode_t * after   = nullptr;
     size_t                  n_after = 0;
-    if (const cudaGraph_t graph = fate_cuda_captured(stream, &after, &n_after)) { // which is replayed in steps that look and in others
-        branch(layers, from, graph, after, n_after, chained);
+    unsigned long long      capture = 0;
+    if (const cudaGraph_t graph = fate_cuda_captured(stream, &after, &n_after, &capture)) { // replayed in steps that look and in others
+        branch(layers, from, graph, capture, after, n_after, chained);
         return;
     }
     if (!looks_) {
@@ -261,17 +275,18 @@ void fate_cuda_prefetch::look_on(const fate_cuda_layer * layers, size_t from, bo
 // The step's own kernels go on beside what is added here: a graph has no end before all of its nodes have. Not so under HIP, which wants every branch joined by a
 // stream: there steps look only where they are not captured.
 void fate_cuda_prefetch::branch([[maybe_unused]] const fate_cuda_layer * layers, [[maybe_unused]] size_t from,
-                                [[maybe_unused]] cudaGraph_t graph, [[maybe_unused]] const cudaGraphNode_t * after,
-                                [[maybe_unused]] size_t n_after, [[maybe_unused]] bool chained) {
+                                [[maybe_unused]] cudaGraph_t graph, [[maybe_unused]] unsigned long long capture,
+                                [[maybe_unused]] const cudaGraphNode_t * after, [[maybe_unused]] size_t n_after,
+                                [[maybe_unused]] bool chained) {
 #if !defined(__HIP__)
     const int32_t         at      = static_cast<int32_t>(from);
     const bool            early   = chained && fate_cuda_starts_early();
     const cudaGraphNode_t look    = fate_cuda_branch(graph, after, n_after, early ? n_after : 0, fate_look_on, n_chunks_[from],
                                                      FATE_LOOK_THREADS, n_look_, layers, at, threshold_, wanted_);
     const cudaGraphNode_t first[] = { look, fetch_ };
-    fetch_ = fate_cuda_branch(graph, first, graph == graph_ ? 2 : 1, early ? 1 : 0, fate_fetch, n_blocks_, FATE_BESIDE_THREADS, 0, layers,
-                              static_cast<int32_t>(n_layers_), at);
-    graph_ = graph;
+    fetch_   = fate_cuda_branch(graph, first, capture == capture_ ? 2 : 1, early ? 1 : 0, fate_fetch, n_blocks_, FATE_BESIDE_THREADS, 0,
+                                layers, static_cast<int32_t>(n_layers_), at);
+    capture_ = capture;
 #endif
 }
 

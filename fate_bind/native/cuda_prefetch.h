@@ -35,11 +35,12 @@ public:
                 cudaStream_t stream);
 
 private:
-    double ns_per_expert(const fate_device_config & config);
-    void   see(const std::vector<fate_device_layer> & layers);
-    void   allow(const void * kernel, size_t n_bytes);
-    void   branch(const fate_cuda_layer * layers, size_t from, cudaGraph_t graph, const cudaGraphNode_t * after, size_t n_after,
-                  bool chained);
+    double  ns_per_expert(const fate_device_config & config);
+    int32_t leisure() const;
+    void    see(const std::vector<fate_device_layer> & layers);
+    void    allow(const void * kernel, size_t n_bytes);
+    void branch(const fate_cuda_layer * layers, size_t from, cudaGraph_t graph, unsigned long long capture, const cudaGraphNode_t * after,
+                size_t n_after, bool chained);
 
     std::vector<int32_t> index_; // of each layer, among all
     const size_t         n_layers_;
@@ -64,6 +65,7 @@ private:
     device_array<float>          foretold_chances_;
     device_array<int32_t>        waiting_;       // [layer][max_experts]
     device_array<uint32_t>       words_;         // n_demands, n_posts
+    device_array<int32_t>        leisure_;       // one
     pinned_buffer                chances_[2];
     fate_cuda_event              is_planned_[2]; // the buffer is free again
     int64_t                      n_launched_ = 0;
@@ -76,7 +78,7 @@ private:
     bool                         looks_    = false;   // in the step at hand
     bool                         is_busy_  = false;   // the streams have something of it
     unsigned                     n_blocks_ = 0;       // that copy
-    cudaGraph_t                  graph_    = nullptr; // captured in the step at hand
+    unsigned long long           capture_  = 0;       // that fetch_ is of, 0: none
     cudaGraphNode_t              fetch_    = nullptr; // its last that copies
     cudaStream_t                 side_     = nullptr; // copies
     cudaStream_t                 looker_   = nullptr;

@@ -16,6 +16,7 @@ static const double  FATE_WORTH_PLAN   = 0.01; // of a step: what the token is t
 static const double  FATE_WORTH_LEAST  = 1.5;  // times what it costs to look: copies that are worth a try
 static const int32_t FATE_WORTH_REST   = 4;    // windows
 static const int32_t FATE_WORTH_TRY    = 4;    // steps that may be enough of a try
+static const double  FATE_WORTH_HOPE   = 0.5;  // of what it costs: a try that hides less is given up then
 static const int64_t FATE_WORTH_SHOWN  = 32;   // experts brought in that are
 static const int32_t FATE_WORTH_MAX_REST = 128;
 
@@ -47,8 +48,9 @@ public:
         if (!is_told) {
             return false;
         }
-        if (n_steps_ == FATE_WORTH_STEPS || (is_shown(seen) && !pays(seen))) {
+        if (n_steps_ == FATE_WORTH_STEPS || (is_shown(seen) && !pays(seen, FATE_WORTH_HOPE))) {
             is_on_       = judge(seen);
+            step_ns_     = shortest_ns_;
             n_steps_     = 0;
             shortest_ns_ = 0;
             before_      = seen;
@@ -59,6 +61,9 @@ public:
 
     void reset() { *this = fate_worth(ns_per_expert_, cost_); }
 
+    // So many copies of an expert take as long as a step does, as far as known, 0: not known.
+    double copies_per_step() const { return ns_per_expert_ > 0 ? static_cast<double>(step_ns_) / ns_per_expert_ : 0; }
+
 private:
     // Whether a try has brought in enough to be judged.
     bool is_shown(const fate_worth_seen & seen) const {
@@ -67,10 +72,10 @@ private:
 
     double looking() const { return cost_ * static_cast<double>(shortest_ns_) * n_steps_; }
 
-    bool pays(const fate_worth_seen & seen) const {
+    bool pays(const fate_worth_seen & seen, double least = 1) const {
         const double hidden = ns_per_expert_ * (seen.n_hidden - before_.n_hidden);
         const double beside = FATE_WORTH_BESIDE * ns_per_expert_ * static_cast<double>(seen.n_brought - before_.n_brought);
-        return hidden >= looking() + beside;
+        return hidden >= least * (looking() + beside);
     }
 
     // A window is over: whether it runs in the next.
@@ -96,6 +101,7 @@ private:
     bool            was_told_    = false; // the last step
     int64_t         began_ns_    = 0;
     int64_t         shortest_ns_ = 0;     // step of the window at hand
+    int64_t         step_ns_     = 0;     // of the one before
     int32_t         n_steps_     = 0;     // of the window
     bool            is_on_       = true;
     bool            is_try_      = true;  // nothing says yet that it pays

@@ -81,6 +81,9 @@ def test_a_victim_that_is_still_being_filled_is_found_out(build: Build) -> None:
 def test_a_product_that_does_not_wait_is_caught(build: Build) -> None:
     done = run(compiled(build, "NOT_AWAITED"), "test_exact.py", CELLS)
     assert done.returncode == 1, done.stdout[-3000:]
-    # decoding waits for nothing of the copy engine's; prompts and what mixes them with it do
-    assert f"{N_CELLS * 2 // 3} failed, {N_CELLS // 3} passed" in done.stdout
+    # prompts, and what mixes them with decoding, wait for the copy engine; decoding where experts come ahead
+    failed = re.search(r"\b(\d+) failed", done.stdout)
+    assert failed, done.stdout[-3000:]
+    assert N_CELLS * 2 // 3 <= int(failed[1]) < N_CELLS
+    assert not re.search(r"FAILED .*(callback|min).*-decode", done.stdout)
     assert re.search("rows differ|does not hold the bytes", done.stdout)

@@ -32,11 +32,17 @@ struct driven {
 int main() {
     {
         driven d;
+        CHECK(d.worth.copies_per_step() == 0);
         CHECK(d.run(1000, 0.4) == 1000);
+        CHECK(d.worth.copies_per_step() == static_cast<double>(NS_PER_STEP) / NS_PER_EXPERT);
     }
     {
         driven d;
-        CHECK(d.run(64, 0.2) == FATE_WORTH_TRY); // copies beside the steps cost more, which is soon seen
+        CHECK(d.run(64, 0.2) == FATE_WORTH_STEPS); // copies beside the steps cost more
+    }
+    {
+        driven d;
+        CHECK(d.run(64, 0.05) == FATE_WORTH_TRY); // far more, which is soon seen
         const int later = d.run(8000, 0.0);
         CHECK(later > 0 && later < 160);
         // it comes back when what is predicted turns right, after a rest at most
