@@ -17,6 +17,7 @@ from fate_policy.base import Policy
 from fate_policy.config import Config, make_policy
 from fate_policy.driver import check_mode, check_prefetch, overrides
 from fate_policy.errors import PolicyConfigError, TraceError
+from fate_policy.trace import check_part
 
 _MODES = {"off": "FATE_MODE_OFF", "table": "FATE_MODE_TABLE", "callback": "FATE_MODE_CALLBACK"}
 _EVENTS_AND_QUESTIONS = ("start", "observe", "expect", "admit", "drop", "scores", "bonus", "victims")
@@ -202,3 +203,4 @@ def _check_record(path: Path) -> None:
             pass
     except OSError as error:
         raise TraceError(f"trace {path} cannot be recorded: {error}") from error
+    check_part(path)

@@ -7,6 +7,7 @@ import codecs
 import functools
 import operator
 import os
+import re
 import tempfile
 import threading
 import weakref
@@ -67,13 +68,23 @@ def resolve_config(
     return load(policy, overrides), None
 
 
-def with_trained(config: Config, model: Path | None) -> Config:
-    """Decide what `auto` leaves open, and find the classifier's file where none is named.
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
-    It is beside the model: NAME.fate.npz of NAME.gguf.
+
+def trained_for(model: Path) -> Path:
+    """Return where a model's classifier is looked for: NAME.fate.npz beside NAME.gguf.
+
+    Of a split file, NAME-00001-of-00003.gguf, the part's number does not belong to the name, unless only
+    NAME-00001-of-00003.fate.npz is there.
     """
+    paths = [model.with_name(name + ".fate.npz") for name in (_SHARD.sub("", model.stem), model.stem)]
+    return next((path for path in paths if os.path.lexists(path)), paths[0])
+
+
+def with_trained(config: Config, model: Path | None) -> Config:
+    """Decide what `auto` leaves open, and find the classifier's file where none is named."""
     if config.policy == AUTO and model is not None and config.mode != "off":
-        path = model.with_suffix(".fate.npz")
+        path = trained_for(model)
         try:
             return config.settled(path if os.path.lexists(path) else None)
         except PolicyConfigError as error:
@@ -84,7 +95,7 @@ def with_trained(config: Config, model: Path | None) -> Config:
             ) from error
     if config.policy != "classifier" or config.params.get("model") is not None or model is None:
         return config.settled()
-    path = modelfile.check(model).with_suffix(".fate.npz")
+    path = trained_for(modelfile.check(model))
     if not path.exists():
         raise PolicyConfigError(
             f"classifier: no file is named, and {path} does not exist; fit it with `fate train TRACE.npz "

@@ -112,7 +112,7 @@ class VerifyResult:
             f"identical: {self.n_logits} logits over {self.n_tokens} tokens, "
             f"{self.n_layers_engaged} of {self.n_layers} MoE layers engaged, "
             f"{self.pooled} pooled pairs, {self.fills} fills, {self.evictions} evictions{self._ahead}; "
-            f"reference: {self.reference}"
+            f"policy: {self.report.policy}; reference: {self.reference}"
         )
 
     @property

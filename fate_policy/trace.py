@@ -201,11 +201,31 @@ class _Waiting:
         return decoded
 
 
+def part_of(path: Path) -> Path:
+    """Return where what belongs to the trace `path` is while it is recorded."""
+    return path.with_name(path.name + ".part")
+
+
+def check_part(path: Path) -> None:
+    """Raise `TraceError` if another recording of `path` left something, or is under way."""
+    part = part_of(path)
+    try:
+        size = part.stat().st_size
+    except OSError:
+        return  # or what opens it meets the same
+    if size > len(_MAGIC):
+        raise TraceError(
+            f"trace {path} cannot be recorded: {part} holds {size} bytes of another recording, which was "
+            f"killed or still runs; `fate report {part}` shows it; move it or remove it, or record elsewhere"
+        )
+
+
 class TraceWriter:
     """Record steps into PATH.part and turn that into the .npz PATH when closed.
 
     Memory stays bounded by one block. A block reaches the file when 64 KB are waiting, when a second has
-    passed since the last one, and at `close`. An old PATH.part is lost at once, an old PATH at `close`.
+    passed since the last one, and at `close`, where an old PATH is lost. A PATH.part of another recording is
+    never overwritten: `TraceError` says so.
 
     Parameters
     ----------
@@ -216,7 +236,7 @@ class TraceWriter:
 
     def __init__(self, path: str | Path, meta: Mapping[str, Any]) -> None:
         self.path = Path(path)
-        self.part = self.path.with_name(self.path.name + ".part")
+        self.part = part_of(self.path)
         missing = [key for key in _PER_LAYER_META if key not in meta]
         if missing:
             raise TraceError(f"trace {self.path}: meta lacks {', '.join(missing)}")
@@ -233,6 +253,7 @@ class TraceWriter:
         self._waiting_tokens = 0
         self._step = 0
         self._written_at = time.monotonic()
+        check_part(self.path)
         try:
             self._file: IO[bytes] | None = self.part.open("wb")
             self._file.write(_MAGIC)
@@ -394,9 +415,8 @@ def load(path: str | Path) -> Trace:
     Also reads files without steps and paths, as one step for each token, on the pool path.
     """
     path = Path(path)
-    part = path.with_name(path.name + ".part")
-    if not path.exists() and part.exists():
-        path = part
+    if not path.exists() and part_of(path).exists():
+        path = part_of(path)
     try:
         with path.open("rb") as file:
             is_part = file.read(len(_MAGIC)) == _MAGIC

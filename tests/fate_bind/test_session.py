@@ -11,7 +11,7 @@ from fate_bind import modelfile, placement
 from fate_bind.errors import EngineError, PolicyConfigError, TraceError, UsageError
 from fate_bind.library import Library
 from fate_bind.modelfile import EMBEDDED
-from fate_bind.session import Session, resolve_config
+from fate_bind.session import Session, resolve_config, trained_for
 from fate_bind.verify import verify
 from fate_policy import trace
 from fate_policy.base import History, Policy
@@ -137,6 +137,34 @@ def test_without_a_pool_there_is_nothing_to_record(fake: Library, model: Path, g
         Session(model, mode="off", **given)
     with pytest.raises(PolicyConfigError, match="fate is False, so there is nothing to record or to req"):
         Session(model, fate=False, **given)
+
+
+def test_what_a_killed_recording_left_is_not_lost(fake: Library, model: Path, tmp_path: Path) -> None:
+    part = tmp_path / "t.npz.part"
+    part.write_bytes(b"FATE-TRACE-PART\nand more")
+    with pytest.raises(TraceError, match="bytes of another recording, which was killed or still runs"):
+        Session(tmp_path / "no model is asked for", record=tmp_path / "t.npz")
+    part.write_bytes(b"FATE-TRACE-PART\n")  # nothing was recorded
+    with Session(model, record=tmp_path / "t.npz") as session:
+        session.logits([1])
+    assert [path.name for path in tmp_path.glob("t.npz*")] == ["t.npz"]
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "found"),
+    [
+        ("m.Q4.gguf", [], "m.Q4.fate.npz"),
+        ("m-00001-of-00003.gguf", [], "m.fate.npz"),
+        ("m-00001-of-00003.gguf", ["m.fate.npz", "m-00001-of-00003.fate.npz"], "m.fate.npz"),
+        ("m-00001-of-00003.gguf", ["m-00001-of-00003.fate.npz"], "m-00001-of-00003.fate.npz"),
+    ],
+)
+def test_a_classifier_is_found_by_the_models_name(
+    name: str, files: list[str], found: str, tmp_path: Path
+) -> None:
+    for file in files:
+        (tmp_path / file).touch()
+    assert trained_for(tmp_path / name) == tmp_path / found
 
 
 def test_a_record_that_cannot_be_written_is_refused_at_once(fake: Library, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ def test_equal_logits_are_identical(fake: Library, model: Path) -> None:
     assert (result.n_tokens, result.n_logits) == (8, 8 * 16)
     assert result.message == (
         f"identical: 128 logits over 8 tokens, 2 of 2 MoE layers engaged, {result.pooled} pooled pairs, "
-        f"{result.fills} fills, {result.evictions} evictions; reference: the same model without the pool"
+        f"{result.fills} fills, {result.evictions} evictions; policy: lru; reference: the same model without "
+        "the pool"
     )
     assert result.pooled == 8 * 2 * 2
 

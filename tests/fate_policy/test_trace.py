@@ -329,6 +329,9 @@ def test_a_killed_recording_keeps_what_was_flushed(tmp_path: Path) -> None:
     assert np.array_equal(back.experts(0, 400), synthetic_trace().experts())
     assert np.array_equal(back.experts(400, 800), synthetic_trace().experts())
     assert trace.load(tmp_path / "t.npz.part").hash() == back.hash()
+    with pytest.raises(TraceError, match=r"t.npz.part holds \d+ bytes of another recording.*move it or"):
+        trace.TraceWriter(tmp_path / "t.npz", synthetic_trace().meta)
+    assert trace.load(tmp_path / "t.npz.part").hash() == back.hash()
 
 
 def recorded_part(folder: Path) -> tuple[bytes, list[int]]:
