@@ -37,6 +37,35 @@ static std::vector<float> numbers_of(const ggml_tensor * tensor) {
     return numbers;
 }
 
+// What a tensor is made of, but for what only shows it in another shape.
+static const ggml_tensor * below(const ggml_tensor * tensor, ggml_op shaping) {
+    while (tensor->op == shaping) {
+        tensor = tensor->src[0];
+    }
+    return tensor;
+}
+
+// Of values in groups, of which the best are selected from and the others masked: which groups those are. Null: that is not what it is.
+static const ggml_tensor * find_groups(const ggml_tensor * masked, int32_t & n_groups, int32_t & n_used) {
+    const ggml_tensor * kept    = masked->src[0];
+    const ggml_tensor * ids     = masked->src[1];
+    const ggml_tensor * nothing = masked->src[2];
+    if (!kept || kept->op != GGML_OP_GET_ROWS || kept->src[1] != ids || !nothing || nothing->op != GGML_OP_FILL) {
+        return nullptr;
+    }
+    const ggml_tensor * grouped = kept->src[0];
+    const ggml_tensor * by      = below(ids, GGML_OP_VIEW);
+    by                          = by->op == GGML_OP_ARGSORT || by->op == GGML_OP_TOP_K ? below(by->src[0], GGML_OP_RESHAPE) : nullptr;
+    const ggml_tensor * best    = by && by->op == GGML_OP_SUM_ROWS ? below(by->src[0], GGML_OP_RESHAPE) : nullptr;
+    if (!best || best->op != GGML_OP_GET_ROWS || best->src[1]->ne[0] != 2 ||
+        below(best->src[0], GGML_OP_RESHAPE) != below(grouped, GGML_OP_RESHAPE)) {
+        return nullptr; // ranked by something else than the sum of the best two
+    }
+    n_groups = static_cast<int32_t>(grouped->ne[1]);
+    n_used   = static_cast<int32_t>(ids->ne[0]);
+    return grouped;
+}
+
 // How a layer's router selects, from the graph that does it: what is selected by is followed back to what the router reads. Sets why_blind where it is not
 // understood.
 void fate_engine::find_gate(block & b, const llama_moe_args & args) {
@@ -45,8 +74,7 @@ void fate_engine::find_gate(block & b, const llama_moe_args & args) {
     while (t && (t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE)) {
         t = t->src[0];
     }
-    t               = t && (t->op == GGML_OP_ARGSORT || t->op == GGML_OP_TOP_K) ? t->src[0] : nullptr;
-    bool is_softmax = false; // each value needs all logits
+    t = t && (t->op == GGML_OP_ARGSORT || t->op == GGML_OP_TOP_K) ? t->src[0] : nullptr;
     while (t && t->op != GGML_OP_MUL_MAT) {
         if (t->op == GGML_OP_ADD && is_numbers(t->src[1], b.n_experts)) {
             const bool           is_of_logits = t->src[0]->op == GGML_OP_MUL_MAT;
@@ -57,8 +85,14 @@ void fate_engine::find_gate(block & b, const llama_moe_args & args) {
             to = t->src[1];
         } else if (t->op == GGML_OP_UNARY && ggml_get_unary_op(t) == GGML_UNARY_OP_SIGMOID) {
             b.is_sigmoid = true;
-        } else if (t->op == GGML_OP_SOFT_MAX) {
-            is_softmax = true;
+        } else if (t->op == GGML_OP_SOFT_MAX) { // each value needs all logits
+            b.is_softmax = true;
+        } else if (t->op == GGML_OP_SET_ROWS && b.n_groups == 0 && !b.gate_bias && !b.selection_bias && !b.is_sigmoid && !b.is_softmax) {
+            t = find_groups(t, b.n_groups, b.n_groups_used);
+            if (!t) {
+                return;
+            }
+            continue;
         } else if (t->op != GGML_OP_RESHAPE) {
             return;
         }
@@ -66,7 +100,7 @@ void fate_engine::find_gate(block & b, const llama_moe_args & args) {
     }
     const bool is_known = t && t->src[0] == args.gate_inp && t->src[1] == args.cur && is_leaf(args.gate_inp) &&
                           ggml_is_contiguous(args.gate_inp) && args.gate_inp->ne[1] == b.n_experts &&
-                          ggml_nrows(args.gate_inp) == b.n_experts && !(is_softmax && (b.selection_bias || b.is_sigmoid));
+                          ggml_nrows(args.gate_inp) == b.n_experts && !(b.is_softmax && (b.selection_bias || b.is_sigmoid));
     if (!is_known || (args.gate_inp->type != GGML_TYPE_F32 && !ggml_get_type_traits(args.gate_inp->type)->to_float)) {
         return;
     }
@@ -103,14 +137,17 @@ void fate_engine::see(const block & from, const block & to, fate_device_view & v
             view.ratio[i] = own[i] != 0.0f ? view.ratio[i] / own[i] : 0.0f;
         }
     }
-    view.gate            = {};
-    view.gate.stride     = fate_gate_stride(n_embd);
-    view.gate.n_embd     = n_embd;
-    view.gate.n_experts  = to.n_experts;
-    view.gate.k          = to.k;
-    view.gate.is_sigmoid = to.is_sigmoid;
-    view.bias            = numbers_of(to.gate_bias);
-    view.selection_bias  = numbers_of(to.selection_bias);
+    view.gate               = {};
+    view.gate.stride        = fate_gate_stride(n_embd);
+    view.gate.n_embd        = n_embd;
+    view.gate.n_experts     = to.n_experts;
+    view.gate.k             = to.k;
+    view.gate.is_sigmoid    = to.is_sigmoid;
+    view.gate.is_softmax    = to.is_softmax;
+    view.gate.n_groups      = to.n_groups;
+    view.gate.n_groups_used = to.n_groups_used;
+    view.bias               = numbers_of(to.gate_bias);
+    view.selection_bias     = numbers_of(to.selection_bias);
     view.scale.resize(to.n_experts);
     view.weights.resize(static_cast<size_t>(to.n_experts) * view.gate.stride);
     for (int32_t e = 0; e < to.n_experts; ++e) {

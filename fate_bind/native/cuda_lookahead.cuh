@@ -150,13 +150,19 @@ static __device__ void fate_gate_chances_of(const fate_cuda_layer & target, cons
         selection[e] = __ldcg(view.selection + e);
     }
     __syncthreads();
-    for (int32_t e = threadIdx.x; e < target.n_experts; e += n_threads) {
-        const float mine = selection[e];
-        int32_t     rank = 0;
-        for (int32_t other = 0; other < target.n_experts; ++other) {
-            rank += selection[other] > mine || (selection[other] == mine && other < e);
+    if (view.gate.n_groups > 0) {
+        for (int32_t e = threadIdx.x; e < target.n_experts; e += n_threads) {
+            chance[e] = fate_gate_grouped(view.gate, selection, e);
         }
-        chance[e] = fate_rank_chance(rank, target.k);
+        __syncthreads();
+        for (int32_t e = threadIdx.x; e < target.n_experts; e += n_threads) {
+            selection[e] = chance[e];
+        }
+        __syncthreads();
+    }
+    for (int32_t e = threadIdx.x; e < target.n_experts; e += n_threads) {
+        int32_t rank;
+        chance[e] = fate_gate_chance(selection, target.n_experts, e, target.k, rank);
         fate_tell(target, at, rank, e, chance[e]);
     }
     __syncthreads();

@@ -108,6 +108,9 @@ private:
         const ggml_tensor *           gate_bias      = nullptr;  // of its logits
         const ggml_tensor *           selection_bias = nullptr;  // of what is selected by
         bool                          is_sigmoid     = false;    // of the logits is selected by
+        bool                          is_softmax     = false;    // alike
+        int32_t                       n_groups       = 0;        // that experts are selected from the best of, 0: no groups
+        int32_t                       n_groups_used  = 0;
         std::string                   why_blind;                 // why not
         const ggml_tensor *           norm = nullptr;            // weights of the norm before it, null: not known
         std::vector<fate_device_view> views;                     // what it sees of later layers

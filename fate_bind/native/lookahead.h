@@ -26,8 +26,11 @@ struct fate_gate {
     const float *  bias;           // of the logits, null: none
     const float *  selection_bias; // of what is selected by, null: none
     const float *
-         ratio; // [n_embd], that the input is multiplied by: the later layer's norm weights over the earlier one's; null: taken as it is
-    bool is_sigmoid; // selected by the sigmoid of the logits
+            ratio; // [n_embd], that the input is multiplied by: the later layer's norm weights over the earlier one's; null: taken as it is
+    bool    is_sigmoid; // selected by the sigmoid of the logits
+    bool    is_softmax; // by their softmax, which ranks as they do; but groups are ranked by sums
+    int32_t n_groups;   // of neighbours, of which only the best n_groups_used are selected from; 0: no groups
+    int32_t n_groups_used;
 };
 
 inline int32_t fate_gate_stride(int32_t n_embd) {
@@ -55,6 +58,35 @@ FATE_HOST_DEVICE inline float fate_gate_selection(const fate_gate & gate, int32_
     return gate.selection_bias ? value + gate.selection_bias[expert] : value;
 }
 
+// What groups are ranked by: the sum of a group's best two.
+FATE_HOST_DEVICE inline float fate_gate_group(const fate_gate & gate, const float * selection, int32_t group, float most) {
+    const int32_t n     = gate.n_experts / gate.n_groups;
+    float         one   = -INFINITY;
+    float         other = -INFINITY;
+    for (int32_t i = group * n; i < (group + 1) * n; ++i) {
+        const float value = gate.is_softmax ? expf(selection[i] - most) : selection[i];
+        other             = fmaxf(other, fminf(one, value));
+        one               = fmaxf(one, value);
+    }
+    return n > 1 ? one + other : one;
+}
+
+// What the expert is selected by when groups are looked at: minus infinity where its group is none of the best.
+FATE_HOST_DEVICE inline float fate_gate_grouped(const fate_gate & gate, const float * selection, int32_t expert) {
+    float most = -INFINITY;
+    for (int32_t e = 0; gate.is_softmax && e < gate.n_experts; ++e) {
+        most = fmaxf(most, selection[e]);
+    }
+    const int32_t own    = expert / (gate.n_experts / gate.n_groups);
+    const float   mine   = fate_gate_group(gate, selection, own, most);
+    int32_t       before = 0;
+    for (int32_t group = 0; group < gate.n_groups; ++group) {
+        const float theirs = fate_gate_group(gate, selection, group, most);
+        before += theirs > mine || (theirs == mine && group < own);
+    }
+    return before < gate.n_groups_used ? selection[expert] : -INFINITY;
+}
+
 // The chance of the expert of a rank, 0 the first, when a token uses k: falls with the rank, and is a half or more for the first k.
 FATE_HOST_DEVICE inline float fate_rank_chance(int32_t rank, int32_t k) {
     if (rank >= FATE_LOOKAHEAD_MOST) {
@@ -62,6 +94,15 @@ FATE_HOST_DEVICE inline float fate_rank_chance(int32_t rank, int32_t k) {
     }
     return rank < k ? 1.0f - 0.5f * static_cast<float>(rank) / static_cast<float>(k) :
                       0.5f * static_cast<float>(k) / static_cast<float>(rank + 1);
+}
+
+// The chance of an expert of all that are ranked by selection[n_experts]; rank: its own.
+FATE_HOST_DEVICE inline float fate_gate_chance(const float * selection, int32_t n_experts, int32_t expert, int32_t k, int32_t & rank) {
+    rank = 0;
+    for (int32_t other = 0; other < n_experts; ++other) {
+        rank += selection[other] > selection[expert] || (selection[other] == selection[expert] && other < expert);
+    }
+    return selection[expert] > -INFINITY ? fate_rank_chance(rank, k) : 0.0f;
 }
 
 // chance[n_experts] of an input x[n_embd]; selection: scratch [n_experts].
@@ -74,11 +115,16 @@ inline void fate_gate_chances(const fate_gate & gate, const float * x, float * s
         }
         selection[e] = fate_gate_selection(gate, e, sum);
     }
-    for (int32_t e = 0; e < gate.n_experts; ++e) {
-        int32_t rank = 0;
-        for (int32_t other = 0; other < gate.n_experts; ++other) {
-            rank += selection[other] > selection[e] || (selection[other] == selection[e] && other < e);
+    if (gate.n_groups > 0) {
+        for (int32_t e = 0; e < gate.n_experts; ++e) {
+            chance[e] = fate_gate_grouped(gate, selection, e);
         }
-        chance[e] = fate_rank_chance(rank, gate.k);
+        for (int32_t e = 0; e < gate.n_experts; ++e) {
+            selection[e] = chance[e];
+        }
+    }
+    for (int32_t e = 0; e < gate.n_experts; ++e) {
+        int32_t rank;
+        chance[e] = fate_gate_chance(selection, gate.n_experts, e, gate.k, rank);
     }
 }

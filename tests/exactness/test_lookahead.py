@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from exactness.test_architectures import ENGAGING
+from exactness.test_embedded import TEXT
 from exactness.test_prefetch import ARGS, N_EXPERTS, N_LAYERS, Forged, K, Scoring, drive, plain, recorded
 from fate_bind import library
 from fate_bind.errors import EngineError
@@ -31,7 +32,7 @@ Plain = tuple[Session, NDArray[np.float32]]
 
 # fmt: off
 BLIND = {"deepseek4", "ernie4_5-moe", "grovemoe", "kimi-k3", "smallthinker"}
-"""They select by groups, by other numbers than the router's, or by what another tensor is routed on."""
+"""They select by other numbers than the router's, or by what another tensor is routed on."""
 ALONE = {
     "afmoe", "bailingmoe2", "bailingmoe3", "cohere2moe", "deepseek", "deepseek2", "deepseek32", "dots1",
     "dots3note", "exaone-moe", "glm-dsa", "glm4moe", "glm5-next", "hy_v4", "kimi-linear", "laguna", "lfm2moe",
@@ -163,6 +164,43 @@ def test_every_architecture_tells_or_says_why_not(name: str, architectures: Path
     if name in CLEAR:
         near = next(found for found in measure(load(path)) if found.horizon == 1)
         assert near.used.at_k > 0.7 * near.used.n
+
+
+def in_groups(arch: str, n_groups: int, n_used: int) -> list[str]:
+    keys = {"expert_group_count": n_groups, "expert_group_used_count": n_used}
+    return ["--override-kv", ",".join(f"{arch}.{key}=int:{value}" for key, value in keys.items())]
+
+
+@pytest.mark.parametrize("name", ["minimax-m2", "qwen3moe"])
+def test_experts_in_groups(name: str, architectures: Path, tmp_path: Path) -> None:
+    """By the sigmoid and a bias, and by the softmax; 8 experts of which 4 are in the best groups."""
+    model, args = architectures / f"{name}-moe.gguf", ["-c", "128", "-ub", "8", *in_groups(name, 4, 2)]
+    path = tmp_path / "trace.npz"
+    with (
+        Session(model, args, fate=False) as without,
+        Session(model, args, slots=5, sync=True, prefetch="layer", record=path) as session,
+    ):
+        for token in range(1, 60):
+            assert np.array_equal(
+                session.logits([token]).view(np.uint32), without.logits([token]).view(np.uint32)
+            )
+        assert session.stats()["no_prefetch"] == ""
+        counters = session.counters()
+    assert counters == replay(load(path), "lru", prefetch=Prefetch(kind="layer"))
+    near = next(found for found in measure(load(path)) if found.horizon == 1)
+    assert near.used.at_k > 0.9 * near.used.n
+
+
+def test_experts_in_groups_of_a_trained_model(tmp_path: Path) -> None:
+    """Without a look at the groups it would be 0.55."""
+    path = tmp_path / "trace.npz"
+    with Session(
+        args=in_groups("qwen3moe", 8, 2), slots=10, sync=True, prefetch="layer", record=path
+    ) as session:
+        for token in session.tokenize(TEXT):
+            session.logits([token])
+    near = next(found for found in measure(load(path)) if found.horizon == 1)
+    assert near.used.at_k > 0.6 * near.used.n
 
 
 class Given:

@@ -37,6 +37,7 @@ struct shape {
     int32_t n_layers, n_experts, k, n_slots, n_embd;
     size_t  expert_bytes;
     bool    is_sigmoid, has_bias, has_selection_bias;
+    int32_t n_groups, n_groups_used;
 };
 
 // A router on both sides.
@@ -75,7 +76,10 @@ static both router(const shape & s, std::mt19937 & random) {
                          s.has_bias ? b.bias.data() : nullptr,
                          s.has_selection_bias ? b.selection_bias.data() : nullptr,
                          s.has_bias ? b.ratio.data() : nullptr,
-                         s.is_sigmoid };
+                         s.is_sigmoid,
+                         !s.is_sigmoid,
+                         s.n_groups,
+                         s.n_groups_used };
     b.device         = b.host;
     b.device.weights = uploaded(b.weights);
     b.device.scale   = uploaded(b.scale);
@@ -373,12 +377,12 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
 
 int main() {
     const shape shapes[] = {
-        { 5, 32,  4, 12, 64,   3072,   false, false, false },
-        { 4, 128, 8, 40, 100,  9216,   true,  true,  true  },
-        { 3, 40,  6, 13, 70,   65536,  false, true,  false },
-        { 6, 64,  4, 9,  2048, 270336, false, true,  false },
-        { 8, 32,  4, 8,  256,  55296,  false, false, false },
-        { 4, 300, 2, 90, 1111, 4096,   true,  false, true  },
+        { 5, 32,  4, 12, 64,   3072,   false, false, false, 0, 0 },
+        { 4, 128, 8, 40, 100,  9216,   true,  true,  true,  8, 4 },
+        { 3, 40,  6, 13, 70,   65536,  false, true,  false, 5, 3 },
+        { 6, 64,  4, 9,  2048, 270336, false, true,  false, 8, 2 },
+        { 8, 32,  4, 8,  256,  55296,  false, false, false, 0, 0 },
+        { 4, 300, 2, 90, 1111, 4096,   true,  false, true,  0, 0 },
     };
     try {
         uint32_t seed = 1;

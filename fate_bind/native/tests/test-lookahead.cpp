@@ -20,7 +20,19 @@ static router packed(const std::vector<std::vector<float>> & rows, int32_t k) {
     for (size_t e = 0; e < rows.size(); ++e) {
         r.scale.push_back(fate_gate_pack(rows[e].data(), n_embd, &r.weights[e * stride]));
     }
-    r.gate = { r.weights.data(), r.scale.data(), stride, n_embd, static_cast<int32_t>(rows.size()), k, nullptr, nullptr, nullptr, false };
+    r.gate = { r.weights.data(),
+               r.scale.data(),
+               stride,
+               n_embd,
+               static_cast<int32_t>(rows.size()),
+               k,
+               nullptr,
+               nullptr,
+               nullptr,
+               false,
+               false,
+               0,
+               0 };
     return r;
 }
 
@@ -92,6 +104,36 @@ static void test_biases_and_the_sigmoid_are_the_models() {
     CHECK(chances(r.gate, x)[0] == 1.0f);
 }
 
+// Experts are selected from the groups whose best two sum to the most.
+static void test_groups_come_first() {
+    router r = packed(
+        {
+            { 5 },
+            { -5 },
+            { 3 },
+            { 3 },
+            { 2 },
+            { 4 },
+        },
+        2);
+    const std::vector<float> x = { 1.0f };
+    CHECK(chances(r.gate, x)[0] == 1.0f && chances(r.gate, x)[5] == fate_rank_chance(1, 2));
+    r.gate.n_groups      = 3; // 0, 6, 6
+    r.gate.n_groups_used = 1; // of equals the first
+    CHECK(chances(r.gate, x) == std::vector<float>({ 0, 0, 1.0f, fate_rank_chance(1, 2), 0, 0 }));
+    r.gate.n_groups_used = 2;
+    CHECK(chances(r.gate, x)[0] == 0 && chances(r.gate, x)[5] == 1.0f && chances(r.gate, x)[3] == fate_rank_chance(2, 2));
+    r.gate.n_groups_used = 1;
+    r.gate.is_softmax    = true; // e^5 is more than 2 e^3 and than e^4 + e^2
+    CHECK(chances(r.gate, x) == std::vector<float>({ 1.0f, fate_rank_chance(1, 2), 0, 0, 0, 0 }));
+    r.gate.is_softmax     = false;
+    const float bias[]    = { 0, 7, 0, 0, 0, 0 }; // 7, 6, 6
+    r.gate.selection_bias = bias;
+    CHECK(chances(r.gate, x)[0] == 1.0f && chances(r.gate, x)[1] == fate_rank_chance(1, 2));
+    r.gate.n_groups = 6; // one each: the best
+    CHECK(chances(r.gate, x) == std::vector<float>({ 1.0f, 0, 0, 0, 0, 0 }));
+}
+
 // Eight bits name nearly what all bits do.
 static void test_ranks_survive() {
     std::mt19937                    random(1);
@@ -126,6 +168,7 @@ int main() {
     test_norms_of_both_layers_count();
     test_as_many_as_a_token_uses_have_a_half();
     test_biases_and_the_sigmoid_are_the_models();
+    test_groups_come_first();
     test_ranks_survive();
     return check_result("test-lookahead");
 }
