@@ -253,13 +253,13 @@ class Engine:
             return ""
         if info.bounced and library.text(library.load().ffi, info.bounced):
             return "experts come through the ring of pinned memory, which has no part in it: see bounced"
+        blind = library.text(library.load().ffi, info.blind)
+        if blind and not self.host.asks_policy:
+            return f"{blind}: no router tells of the next layers; with prefetch: token a policy can"
         if not self.host.config.sync and not info.gpu_launches:
             return (
                 "the layers run on the CPU, where experts come in before a step only: set sync (--fate-sync)"
             )
-        blind = library.text(library.load().ffi, info.blind)
-        if blind and not self.host.asks_policy:
-            return f"{blind}: no router tells of the next layers; with prefetch: token a policy can"
         if (self.geometry.n_slots <= self.geometry.k).all():
             return "no layer has a slot more than a token needs: give more slots"
         return ""

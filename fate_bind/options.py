@@ -29,7 +29,8 @@ _FLAGS = {
     "sync": (None, "scores act from the very next step; the model waits for the policy"),
     "prefetch": (
         "off|token|layer|both|auto",
-        "bring in what the policy predicts, what the next layers' routers tell, or both (default: auto)",
+        "bring in what the policy predicts, what the next layers' routers tell, or both (default: auto: "
+        "token for a classifier, else layer)",
     ),
     "prefetch-threshold": ("CHANCE", "of experts at least so likely, above 0, up to 1 (default: 0.5)"),
     "prefetch-experts": ("N", "at most N of a layer and token, 1 to 16 (default: 8)"),

@@ -126,34 +126,44 @@ std::vector<int32_t> fate_engine::distances() const {
                           std::vector<int32_t>{ 1, 2 };
 }
 
+// Reads a layer's router and packs it, once for all that see it.
+void fate_engine::pack(block & b) {
+    if (!b.gate_inp || !b.packed.weights.empty()) {
+        return;
+    }
+    const int32_t            n_embd  = static_cast<int32_t>(b.gate_inp->ne[0]);
+    const int32_t            stride  = fate_gate_stride(n_embd);
+    const std::vector<float> weights = numbers_of(b.gate_inp);
+    b.packed.gate                    = {};
+    b.packed.gate.stride             = stride;
+    b.packed.gate.n_embd             = n_embd;
+    b.packed.gate.n_experts          = b.n_experts;
+    b.packed.gate.k                  = b.k;
+    b.packed.gate.is_sigmoid         = b.is_sigmoid;
+    b.packed.gate.is_softmax         = b.is_softmax;
+    b.packed.gate.n_groups           = b.n_groups;
+    b.packed.gate.n_groups_used      = b.n_groups_used;
+    b.packed.bias                    = numbers_of(b.gate_bias);
+    b.packed.selection_bias          = numbers_of(b.selection_bias);
+    b.norm_numbers                   = numbers_of(b.norm);
+    b.packed.scale.resize(b.n_experts);
+    b.packed.weights.resize(static_cast<size_t>(b.n_experts) * stride);
+    for (int32_t e = 0; e < b.n_experts; ++e) {
+        b.packed.scale[e] =
+            fate_gate_pack(&weights[static_cast<size_t>(e) * n_embd], n_embd, &b.packed.weights[static_cast<size_t>(e) * stride]);
+    }
+}
+
 // The later layer's router as the earlier one sees it.
-void fate_engine::see(const block & from, const block & to, fate_device_view & view) {
-    const int32_t            n_embd  = static_cast<int32_t>(to.gate_inp->ne[0]);
-    const std::vector<float> weights = numbers_of(to.gate_inp);
-    if (from.norm && to.norm) {
-        const std::vector<float> own = numbers_of(from.norm);
-        view.ratio                   = numbers_of(to.norm);
-        for (int32_t i = 0; i < n_embd; ++i) {
-            view.ratio[i] = own[i] != 0.0f ? view.ratio[i] / own[i] : 0.0f;
+static fate_device_view seen_from(const std::vector<float> & own_norm, const fate_device_view & packed, const std::vector<float> & norm) {
+    fate_device_view view = packed;
+    if (!own_norm.empty() && !norm.empty()) {
+        view.ratio = norm;
+        for (size_t i = 0; i < norm.size(); ++i) {
+            view.ratio[i] = own_norm[i] != 0.0f ? norm[i] / own_norm[i] : 0.0f;
         }
     }
-    view.gate               = {};
-    view.gate.stride        = fate_gate_stride(n_embd);
-    view.gate.n_embd        = n_embd;
-    view.gate.n_experts     = to.n_experts;
-    view.gate.k             = to.k;
-    view.gate.is_sigmoid    = to.is_sigmoid;
-    view.gate.is_softmax    = to.is_softmax;
-    view.gate.n_groups      = to.n_groups;
-    view.gate.n_groups_used = to.n_groups_used;
-    view.bias               = numbers_of(to.gate_bias);
-    view.selection_bias     = numbers_of(to.selection_bias);
-    view.scale.resize(to.n_experts);
-    view.weights.resize(static_cast<size_t>(to.n_experts) * view.gate.stride);
-    for (int32_t e = 0; e < to.n_experts; ++e) {
-        view.scale[e] =
-            fate_gate_pack(&weights[static_cast<size_t>(e) * n_embd], n_embd, &view.weights[static_cast<size_t>(e) * view.gate.stride]);
-    }
+    return view;
 }
 
 // What the layer sees of later ones that the same device serves, one view for each distance.
@@ -164,16 +174,16 @@ std::vector<fate_device_view> fate_engine::views_of(int32_t layer) const {
     for (const int32_t distance : distances()) {
         fate_device_view view;
         const size_t     at = static_cast<size_t>(layer) + distance;
-        view.distance       = distance;
         if (at < blocks_.size() && blocks_[at]->n_slots > 0 && blocks_[at]->dev == from.dev) {
             const block & to      = *blocks_[at];
             const bool    is_seen = from.gate_inp && to.gate_inp && from.gate_inp->ne[0] == to.gate_inp->ne[0];
-            view.index            = is_seen || predictions_ ? static_cast<int32_t>(at) : -1;
             if (is_seen) {
-                see(from, to, view);
+                view = seen_from(from.norm_numbers, to.packed, to.norm_numbers);
             }
+            view.index = is_seen || predictions_ ? static_cast<int32_t>(at) : -1;
         }
-        sees_any = sees_any || view.index >= 0;
+        view.distance = distance;
+        sees_any      = sees_any || view.index >= 0;
         views.push_back(std::move(view));
     }
     return sees_any ? views : std::vector<fate_device_view>();
@@ -190,24 +200,39 @@ int64_t fate_engine::view_bytes_on(ggml_backend_dev_t dev) const {
     return bytes;
 }
 
+// Whether a layer may tell of later ones: on the CPU only where steps wait.
+bool fate_engine::may_see(const block & b) const {
+    return looks() && b.n_slots > 0 && (sync_ || b.dev);
+}
+
 // Why layers that were to tell of later ones do not, "" if some do.
 std::string fate_engine::why_blind() const {
     std::string why;
+    bool        may_see_any = false;
     for (size_t i = 0; i < blocks_.size(); ++i) {
         if (sees(static_cast<int32_t>(i))) {
             return "";
         }
-        why = blocks_[i]->why_blind.empty() ? why : blocks_[i]->why_blind;
+        why         = blocks_[i]->why_blind.empty() ? why : blocks_[i]->why_blind;
+        may_see_any = may_see_any || may_see(*blocks_[i]);
     }
-    return looks() && n_engaged_ > 0 ? (why.empty() ? "no layer is followed by another on the same device" : why) : "";
+    if (!looks() || n_engaged_ == 0) {
+        return "";
+    }
+    return why.empty() && may_see_any ? "no layer is followed by another on the same device" : why;
 }
 
 // Layers that engaged are told what they see.
 void fate_engine::open_views() {
+    for (const auto & b : blocks_) {
+        if (may_see(*b)) {
+            pack(*b);
+        }
+    }
     for (size_t i = 0; i < blocks_.size(); ++i) {
         block & b = *blocks_[i];
         b.views.clear();
-        if (b.n_slots > 0 && (sync_ || b.dev)) { // on the CPU layers tell only where steps wait
+        if (may_see(b)) {
             b.views = views_of(static_cast<int32_t>(i));
         }
         for (fate_device_view & view : b.views) {
@@ -218,14 +243,19 @@ void fate_engine::open_views() {
             view.gate.ratio          = view.ratio.empty() ? nullptr : view.ratio.data();
         }
     }
-    std::vector<int32_t> horizons;
-    if (config_.record && looks()) {
-        horizons = distances();
-        std::reverse(horizons.begin(), horizons.end());
+}
+
+// Of what layers tell, what is recorded: the distances, the farthest first. None where no layer can.
+std::vector<int32_t> fate_engine::horizons() const {
+    std::vector<int32_t> all;
+    for (const auto & b : blocks_) {
+        const bool tells = !b->views.empty() && (!b->device || b->device->bounced().empty());
+        if (config_.record && tells && all.empty()) {
+            all = distances();
+            std::reverse(all.begin(), all.end());
+        }
     }
-    for (fate_record & record : record_) {
-        record.set_horizons(horizons);
-    }
+    return all;
 }
 
 bool fate_engine::sees(int32_t layer) const {

@@ -75,7 +75,6 @@ struct fate_cuda_layer {
     int32_t *         waiting;    // [n_experts], 1: prefetched and not used yet
     uint32_t *        n_demands;  // blocks of this engine on the device that copy what an op waits for
     uint32_t *        n_posts;    // grows when there is something new to copy
-    int32_t *         leisure;    // how many layers away a layer must be for what it is to use to come gently
     uint32_t          n_pieces;   // of an expert
     bool              is_awaited; // the op itself carries out what is planned, all of it
 

@@ -4,12 +4,10 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <cstring>
 #include <mutex>
 
 static const size_t MEASURED_BYTES = 32 << 20; // at most, unless an expert has more
-static const double LEISURE        = 1.5;      // a copy that comes gently takes at most so many times as long as one that does not
 
 fate_cuda_prefetch::fate_cuda_prefetch(int ordinal, const fate_device_config & config, size_t max_experts) :
     n_layers_(config.layers.size()),
@@ -23,7 +21,6 @@ fate_cuda_prefetch::fate_cuda_prefetch(int ordinal, const fate_device_config & c
     plans_.allocate(n_layers_ * sizeof(fate_cuda_plan));
     waiting_.allocate(n_layers_ * max_experts);
     words_.allocate(2);
-    leisure_.allocate(1);
     for (int i = 0; i < 2; ++i) {
         is_planned_[i].create();
         ended_[i].create();
@@ -196,7 +193,6 @@ void fate_cuda_prefetch::bind(fate_cuda_layer & layer, size_t at) const {
     layer.waiting    = waiting_.data + at * max_experts_;
     layer.n_demands  = words_.data;
     layer.n_posts    = words_.data + 1;
-    layer.leisure    = leisure_.data;
     layer.is_awaited = waits_;
     layer.n_pieces   = 0;
     for (int32_t t = 0; t < layer.n_tensors; ++t) {
@@ -219,16 +215,9 @@ void fate_cuda_prefetch::begin(const fate_cuda_layer * layers, bool is_told, con
     const int64_t now = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
     rests_            = !waits_ && !worth_.begin(is_told, seen, now);
     looks_            = is_told && n_views_ > 0 && !rests_;
-    fate_settle<<<static_cast<unsigned>((n_layers_ + 31) / 32), 32, 0, stream>>>(layers, static_cast<int32_t>(n_layers_), looks_,
-                                                                                 leisure());
+    fate_settle<<<static_cast<unsigned>((n_layers_ + 31) / 32), 32, 0, stream>>>(layers, static_cast<int32_t>(n_layers_), looks_);
     FATE_CUDA(cudaGetLastError());
     FATE_CUDA(cudaEventRecord(settled_.handle, stream));
-}
-
-// So many layers take longer than a copy that comes gently; and one for the way from telling to copying.
-int32_t fate_cuda_prefetch::leisure() const {
-    const double per_layer = worth_.copies_per_step() / static_cast<double>(n_layers_);
-    return per_layer > 0 ? 1 + static_cast<int32_t>(std::min(std::ceil(LEISURE / per_layer), 1e6)) : INT32_MAX;
 }
 
 void fate_cuda_prefetch::join(cudaStream_t stream) {

@@ -8,10 +8,8 @@
 #include "cuda_copy.cuh"
 #include "cuda_lookahead.cuh"
 
-static const uint32_t FATE_PIECE_UNITS  = 4096; // 64 KiB where units are wide
-static const uint32_t FATE_PAUSE_NS     = 200;
-static const int      FATE_LOADS        = 16;   // of a thread, in flight at once
-static const int      FATE_LOADS_GENTLY = 4;    // that slow the kernels beside them less, and come later
+static const uint32_t FATE_PIECE_UNITS = 4096; // 64 KiB where units are wide
+static const uint32_t FATE_PAUSE_NS    = 200;
 
 static_assert(FATE_PIECE_UNITS % FATE_CUDA_THREADS == 0 && FATE_PIECE_UNITS % FATE_BESIDE_THREADS == 0,
               "every thread copies as many units");
@@ -32,33 +30,8 @@ static __host__ __device__ inline uint32_t fate_n_pieces(const fate_cuda_tensor 
     return (tensor.n_units + FATE_CUDA_LINE_UNITS - 1 + FATE_PIECE_UNITS - 1) / FATE_PIECE_UNITS;
 }
 
-// A block of so many threads copies the wide units of a piece.
-template <int THREADS, int LOADS>
-static __device__ __forceinline__ void fate_copy_units(const char * from, char * to, uint32_t first, uint32_t n_units) {
-    const int n_each = FATE_PIECE_UNITS / THREADS;
-    const int n_load = n_each < LOADS ? n_each : LOADS;
-    for (int done = 0; done < n_each; done += n_load) {
-        uint4 data[n_load];
-#pragma unroll
-        for (int i = 0; i < n_load; ++i) {
-            const uint32_t unit = first + (done + i) * THREADS;
-            if (unit < n_units) {
-                data[i] = __ldcs(reinterpret_cast<const uint4 *>(from) + unit);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < n_load; ++i) {
-            const uint32_t unit = first + (done + i) * THREADS;
-            if (unit < n_units) {
-                reinterpret_cast<uint4 *>(to)[unit] = data[i];
-            }
-        }
-    }
-}
-
 // A block of so many threads copies one piece of an expert into its slot.
-template <int THREADS>
-static __device__ void fate_copy_piece(const fate_cuda_layer & layer, const fate_prefetch & entry, uint32_t piece, bool gently) {
+template <int THREADS> static __device__ void fate_copy_piece(const fate_cuda_layer & layer, const fate_prefetch & entry, uint32_t piece) {
     int t = 0;
     for (; t < layer.n_tensors - 1; ++t) {
         const uint32_t n = fate_n_pieces(layer.tensors[t]);
@@ -73,6 +46,7 @@ static __device__ void fate_copy_piece(const fate_cuda_layer & layer, const fate
     const bool               wide   = tensor.width == 16;
     const uint32_t           first  = piece * FATE_PIECE_UNITS + threadIdx.x - (wide ? fate_lead(from) : 0);
     const int                n_each = FATE_PIECE_UNITS / THREADS;
+    const int                n_load = n_each < 16 ? n_each : 16; // in flight at once
 #if defined(FATE_LATE_FILLS)
     for (int i = 0; i < n_each; ++i) {
         const uint32_t unit = first + i * THREADS;
@@ -85,10 +59,22 @@ static __device__ void fate_copy_piece(const fate_cuda_layer & layer, const fate
         __nanosleep(20000);
     }
 #endif
-    if (wide && gently) {
-        fate_copy_units<THREADS, FATE_LOADS_GENTLY>(from, to, first, tensor.n_units);
-    } else if (wide) {
-        fate_copy_units<THREADS, FATE_LOADS>(from, to, first, tensor.n_units);
+    for (int done = 0; wide && done < n_each; done += n_load) {
+        uint4 data[n_load];
+#pragma unroll
+        for (int i = 0; i < n_load; ++i) {
+            const uint32_t unit = first + (done + i) * THREADS;
+            if (unit < tensor.n_units) {
+                data[i] = __ldcs(reinterpret_cast<const uint4 *>(from) + unit);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < n_load; ++i) {
+            const uint32_t unit = first + (done + i) * THREADS;
+            if (unit < tensor.n_units) {
+                reinterpret_cast<uint4 *>(to)[unit] = data[i];
+            }
+        }
     }
     for (int i = 0; !wide && i < n_each; ++i) {
         const uint32_t unit = first + i * THREADS;
@@ -123,7 +109,7 @@ static __device__ __forceinline__ bool fate_goes_on(const fate_cuda_layer & laye
 // shared.
 template <bool YIELDS, int THREADS>
 static __device__ void fate_copy_unclaimed(const fate_cuda_layer & layer, const fate_prefetch & entry, int at, uint32_t n_posts,
-                                           const uint32_t * is_left, bool gently, uint32_t & scratch) {
+                                           const uint32_t * is_left, uint32_t & scratch) {
     while (true) {
         __syncthreads();
         if (threadIdx.x == 0) {
@@ -152,7 +138,7 @@ static __device__ void fate_copy_unclaimed(const fate_cuda_layer & layer, const 
             while (static_cast<float>(fate_now_ns() - began) < ns) {
             }
         }
-        fate_copy_piece<THREADS>(layer, entry, piece, gently);
+        fate_copy_piece<THREADS>(layer, entry, piece);
         __syncthreads();
         if (threadIdx.x == 0) {
             __threadfence();
@@ -201,8 +187,6 @@ struct fate_cuda_chores {
     uint32_t n_posts;
     int32_t  copies; // the first layer, whose op has not come, that has something to copy, INT_MAX: none
     int32_t  rests;  // alike, of those whose op has come
-    int32_t  n_open; // entries with something to copy, of all layers
-    int32_t  newest; // the last layer whose op has come, -1: none
     int32_t  n;      // entries of the layer that is copied for, as one thread found them
     uint32_t n_told; // views of the layer that has just told
     bool     is_over;
@@ -213,7 +197,7 @@ static __device__ void fate_find_chores(const fate_cuda_layer * layers, int32_t 
     __syncthreads();
     if (threadIdx.x == 0) {
         const uint32_t n_posts = fate_look(*layers[0].n_posts);
-        found                  = { n_posts, INT_MAX, INT_MAX, 0, -1, 0, sight ? fate_look(sight->n_told) : 0, false };
+        found                  = { n_posts, INT_MAX, INT_MAX, 0, sight ? fate_look(sight->n_told) : 0, false };
         __threadfence();
     }
     __syncthreads();
@@ -223,13 +207,9 @@ static __device__ void fate_find_chores(const fate_cuda_layer * layers, int32_t 
         const int32_t          at    = i % FATE_PREFETCH_MAX;
         const fate_cuda_plan & plan  = *layers[layer].plan;
         const uint32_t         state = fate_look(plan.state);
-        if (at == 0 && state & FATE_PLAN_CLOSED) {
-            atomicMax(&found.newest, layer);
-        }
         if (at < fate_n_entries(state)) {
             __threadfence();
             if (fate_look(plan.claimed[at]) < layers[layer].n_pieces) {
-                atomicAdd(&found.n_open, 1);
                 atomicMin(state & FATE_PLAN_CLOSED ? &found.rests : &found.copies, layer);
             }
         }
@@ -283,28 +263,23 @@ static __global__ void __launch_bounds__(FATE_BESIDE_THREADS) fate_fetch(const f
         if (at_layer == INT_MAX) {
             continue;
         }
-        // one that has time, and nothing else waits for the link
-        const bool              gently = s_found.n_open == 1 && at_layer - s_found.newest >= *layers[0].leisure;
-        const fate_cuda_layer & layer  = layers[at_layer];
+        const fate_cuda_layer & layer = layers[at_layer];
         for (int at = 0; at < s_found.n; ++at) {
             __syncthreads();
             if (threadIdx.x == 0) {
                 s_entry = fate_entry(*layer.plan, at);
             }
-            fate_copy_unclaimed<true, FATE_BESIDE_THREADS>(layer, s_entry, at, s_found.n_posts, is_left, gently, s_scratch);
+            fate_copy_unclaimed<true, FATE_BESIDE_THREADS>(layer, s_entry, at, s_found.n_posts, is_left, s_scratch);
         }
     }
 }
 
 // Between steps, one thread a layer: what no op took over enters the tables if it was begun; gates open. looks: the step to come is of one token whose output is
-// wanted. leisure: for that step.
-static __global__ void fate_settle(const fate_cuda_layer * layers, int32_t n_layers, bool looks, int32_t leisure) {
+// wanted.
+static __global__ void fate_settle(const fate_cuda_layer * layers, int32_t n_layers, bool looks) {
     const int32_t i = static_cast<int32_t>(blockIdx.x * blockDim.x + threadIdx.x);
     if (i >= n_layers) {
         return;
-    }
-    if (i == 0) {
-        *layers[0].leisure = leisure;
     }
     const fate_cuda_layer & layer = layers[i];
     fate_cuda_plan &        plan  = *layer.plan;
@@ -455,7 +430,7 @@ static __device__ bool fate_is_quiet(const fate_cuda_layer & layer, fate_cuda_ah
 static __device__ void fate_copy_open(const fate_cuda_layer & layer, fate_cuda_ahead & ahead) {
     for (int at = 0; at < ahead.n; ++at) {
         if (ahead.is_open[at]) {
-            fate_copy_unclaimed<false, FATE_CUDA_THREADS>(layer, ahead.entries[at], at, 0, nullptr, false, ahead.piece);
+            fate_copy_unclaimed<false, FATE_CUDA_THREADS>(layer, ahead.entries[at], at, 0, nullptr, ahead.piece);
         }
     }
 }

@@ -35,12 +35,11 @@ public:
                 cudaStream_t stream);
 
 private:
-    double  ns_per_expert(const fate_device_config & config);
-    int32_t leisure() const;
-    void    see(const std::vector<fate_device_layer> & layers);
-    void    allow(const void * kernel, size_t n_bytes);
-    void branch(const fate_cuda_layer * layers, size_t from, cudaGraph_t graph, unsigned long long capture, const cudaGraphNode_t * after,
-                size_t n_after, bool chained);
+    double ns_per_expert(const fate_device_config & config);
+    void   see(const std::vector<fate_device_layer> & layers);
+    void   allow(const void * kernel, size_t n_bytes);
+    void   branch(const fate_cuda_layer * layers, size_t from, cudaGraph_t graph, unsigned long long capture, const cudaGraphNode_t * after,
+                  size_t n_after, bool chained);
 
     std::vector<int32_t> index_; // of each layer, among all
     const size_t         n_layers_;
@@ -65,7 +64,6 @@ private:
     device_array<float>          foretold_chances_;
     device_array<int32_t>        waiting_;       // [layer][max_experts]
     device_array<uint32_t>       words_;         // n_demands, n_posts
-    device_array<int32_t>        leisure_;       // one
     pinned_buffer                chances_[2];
     fate_cuda_event              is_planned_[2]; // the buffer is free again
     int64_t                      n_launched_ = 0;

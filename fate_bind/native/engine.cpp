@@ -137,6 +137,10 @@ void fate_engine::settle() {
     }
     foretell();
     blind_ = why_blind();
+    for (const auto & b : blocks_) { // whoever sees them has copies
+        b->packed = {};
+        b->norm_numbers.clear();
+    }
     open();
     stage_ = stage::SETTLED;
     fate_set_engine_error(FATE_STATUS_OK, "");

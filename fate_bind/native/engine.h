@@ -113,6 +113,8 @@ private:
         int32_t                       n_groups_used  = 0;
         std::string                   why_blind;                 // why not
         const ggml_tensor *           norm = nullptr;            // weights of the norm before it, null: not known
+        fate_device_view              packed;                    // its router, while the engine opens
+        std::vector<float>            norm_numbers;              // alike
         std::vector<fate_device_view> views;                     // what it sees of later layers
         int32_t                       n_bulk_rows = 0;           // in the newest graph, 0: it is not split
         const block *                 next        = nullptr;     // on the same GPU
@@ -177,15 +179,17 @@ private:
     static bool shows(const llama_moe_args & args);
     std::string why_blind() const;
     void        open_views();
+    static void pack(block & b);
+    bool        may_see(const block & b) const;
     void        foretell();
     void        look_on(int32_t layer, const float * input);
     void        note_chances(int32_t layer, size_t at, const std::vector<float> & chance);
     void        prefetch();
     void        prefetch(int32_t layer, const float * chance);
 
-    static void                   see(const block & from, const block & to, fate_device_view & view);
     int64_t                       view_bytes_on(ggml_backend_dev_t dev) const;
     std::vector<int32_t>          distances() const;
+    std::vector<int32_t>          horizons() const;
     std::vector<fate_device_view> views_of(int32_t layer) const;
 
     void seed();

@@ -120,6 +120,9 @@ void fate_engine::engage() {
             }
             open_views();
             open_devices();
+            for (fate_record & record : record_) {
+                record.set_horizons(horizons());
+            }
             return;
         } catch (const fate_error & e) {
             give_up(e.what());
@@ -194,10 +197,7 @@ void fate_engine::open_devices() {
             config.prefetch_threshold = config_.prefetch_threshold;
             config.prefetch_waits     = sync_;
         }
-        if (config_.record && looks()) {
-            config.horizons = distances();
-            std::reverse(config.horizons.begin(), config.horizons.end());
-        }
+        config.horizons   = horizons();
         config.asker      = callback_ ? this : nullptr;
         config.timeout_ns = static_cast<int64_t>(config_.miss_timeout_seconds * 1e9);
         std::vector<ggml_backend_buffer_t> buffers;

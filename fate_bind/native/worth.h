@@ -50,7 +50,6 @@ public:
         }
         if (n_steps_ == FATE_WORTH_STEPS || (is_shown(seen) && !pays(seen, FATE_WORTH_HOPE))) {
             is_on_       = judge(seen);
-            step_ns_     = shortest_ns_;
             n_steps_     = 0;
             shortest_ns_ = 0;
             before_      = seen;
@@ -60,9 +59,6 @@ public:
     }
 
     void reset() { *this = fate_worth(ns_per_expert_, cost_); }
-
-    // So many copies of an expert take as long as a step does, as far as known, 0: not known.
-    double copies_per_step() const { return ns_per_expert_ > 0 ? static_cast<double>(step_ns_) / ns_per_expert_ : 0; }
 
 private:
     // Whether a try has brought in enough to be judged.
@@ -101,7 +97,6 @@ private:
     bool            was_told_    = false; // the last step
     int64_t         began_ns_    = 0;
     int64_t         shortest_ns_ = 0;     // step of the window at hand
-    int64_t         step_ns_     = 0;     // of the one before
     int32_t         n_steps_     = 0;     // of the window
     bool            is_on_       = true;
     bool            is_try_      = true;  // nothing says yet that it pays

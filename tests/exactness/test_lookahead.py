@@ -120,6 +120,16 @@ def test_on_the_host_without_sync_it_says_why_there_is_none(plain: Plain) -> Non
         assert "CPU" in session.stats()["no_prefetch"]
 
 
+def test_what_no_layer_can_tell_is_not_recorded(plain: Plain, tmp_path: Path) -> None:
+    """By default layers tell; on the host only with sync."""
+    for prefetch in (None, "layer"):
+        path = tmp_path / f"{prefetch}.npz"
+        with plain[0].fork(policy="lru", slots=10, prefetch=prefetch, record=path) as session:
+            for token in (1, 2):
+                session.logits([token])
+        assert load(path).ahead_ids is None
+
+
 @pytest.mark.parametrize(
     ("sync", "said"), [(True, r", \d+ prefetched;"), (False, ", nothing prefetched: the layers run")]
 )

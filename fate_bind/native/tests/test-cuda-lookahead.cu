@@ -100,12 +100,11 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
     std::vector<fate_cuda_layer>   layers(s.n_layers);
     std::vector<fate_cuda_sight>   sights(s.n_layers);
     std::vector<std::vector<both>> gates(s.n_layers);
-    fate_cuda_plan *               plans   = device<fate_cuda_plan>(s.n_layers);
-    uint32_t *                     words   = device<uint32_t>(2);
-    int32_t *                      leisure = device<int32_t>(1);
-    fate_cuda_sight *              there   = device<fate_cuda_sight>(s.n_layers);
-    int64_t *                      end     = device<int64_t>(1);
-    const int32_t                  n_told  = 5;
+    fate_cuda_plan *               plans  = device<fate_cuda_plan>(s.n_layers);
+    uint32_t *                     words  = device<uint32_t>(2);
+    fate_cuda_sight *              there  = device<fate_cuda_sight>(s.n_layers);
+    int64_t *                      end    = device<int64_t>(1);
+    const int32_t                  n_told = 5;
     std::vector<int32_t>           told_ids(static_cast<size_t>(n_steps) * n_told);
     std::vector<float>             told(told_ids.size());
     for (int step = 0; step < n_steps; ++step) {
@@ -131,7 +130,6 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
         layer.waiting           = device<int32_t>(s.n_experts);
         layer.n_demands         = words;
         layer.n_posts           = words + 1;
-        layer.leisure           = leisure;
         layer.is_awaited        = awaited;
         layer.foretold          = device<int32_t>(FATE_LOOKAHEAD_LAYERS * FATE_LOOKAHEAD_MOST);
         layer.foretold_chance   = device<float>(FATE_LOOKAHEAD_LAYERS * FATE_LOOKAHEAD_MOST);
@@ -218,7 +216,7 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
         }
         const int64_t behind = step + 1;
         fate_cuda_upload(end, &behind, sizeof(behind));
-        fate_settle<<<1, 32, 0, main>>>(layers_there, s.n_layers, looks, step % 2 ? 2 : INT32_MAX); // some come gently
+        fate_settle<<<1, 32, 0, main>>>(layers_there, s.n_layers, looks);
         FATE_CUDA(cudaStreamSynchronize(main));
         const auto n_chunks = [&](int32_t l) {
             unsigned n = 0;

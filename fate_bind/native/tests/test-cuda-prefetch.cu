@@ -45,7 +45,6 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
     layer.waiting         = device<int32_t>(s.n_experts);
     layer.n_demands       = device<uint32_t>(1);
     layer.n_posts         = device<uint32_t>(1);
-    layer.leisure         = device<int32_t>(1);
     layer.is_awaited      = how == WAITED_FOR;
 
     std::vector<char *> sources, slots;
@@ -141,7 +140,7 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
                 <<<FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, fate_bring_bytes(s.n_experts), main>>>(layer, call);
             FATE_CUDA(cudaGetLastError());
         };
-        fate_settle<<<1, 32, 0, main>>>(layers, 1, false, step % 2 ? 1 : INT32_MAX); // some come gently
+        fate_settle<<<1, 32, 0, main>>>(layers, 1, false);
         FATE_CUDA(cudaStreamSynchronize(main));
         switch (how) {
             case WAITED_FOR:
