@@ -202,5 +202,5 @@ def _check_record(path: Path) -> None:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise TraceError(f"trace {path} cannot be recorded: {error}") from error
+        raise TraceError(f"trace {path} cannot be recorded: {error.strerror or error}") from error
     check_part(path)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from fate_bind import library
 from fate_bind.errors import UsageError
 
 MODEL_FLAGS = ("-m", "--model", "-mu", "--model-url", "-hf", "-hfr", "--hf-repo")
 HELP = ("-h", "--help", "--usage")
+_BATCH = ("-b", "--batch-size", "-ub", "--ubatch-size")
 _ENDS = (*HELP, "--version", "-cl", "--cache-list", "--list-devices", "--completion-bash")
 _MODEL_VARIABLES = ("LLAMA_ARG_MODEL", "LLAMA_ARG_MODEL_URL", "LLAMA_ARG_HF_REPO")
 
@@ -79,10 +81,18 @@ def given(args: Sequence[str], flags: Sequence[str]) -> bool:
 
 
 def refuse_ends(args: Sequence[str]) -> None:
-    """Raise for a flag with which llama.cpp prints something and ends the process."""
+    """Raise for what makes llama.cpp end the process: to print something, or for a batch of nothing."""
+    refuse_no_batch(args)
     for arg in args:
         if given([arg], _ENDS):
             raise UsageError(f"{arg} makes llama.cpp print something and end the process; leave it out")
+
+
+def refuse_no_batch(args: Sequence[str]) -> None:
+    """Raise for a batch size below 1, which llama.cpp takes and then fails to assert."""
+    for arg, value in pairwise(args):
+        if given([arg], _BATCH) and value.lstrip("-").isdecimal() and int(value) < 1:
+            raise UsageError(f"{arg} {value}: expected a number of tokens, 1 or more")
 
 
 def names_model(args: Sequence[str]) -> bool:

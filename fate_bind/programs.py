@@ -91,17 +91,19 @@ def run(command: str, argv: Sequence[str]) -> int:
             file=sys.stderr,
             flush=True,
         )
-    args += placement.flags(program.name, args, placement.has_gpu())
+    # ours first: a value that is forgotten at the end is missed, and does not become one of ours
+    args = [*placement.flags(program.name, args, placement.has_gpu()), *args]
     return _Run(program, args, host, chosen).run()
 
 
 def _complete(command: str, args: list[str]) -> list[str]:
     """Check the model and add what is left out; all that can be said before llama.cpp is asked."""
+    placement.refuse_no_batch(args)
     if command == "run" and not placement.names_model(args):
-        args = [*args, "-m", str(modelfile.EMBEDDED)]
+        args = ["-m", str(modelfile.EMBEDDED), *args]
         for flags, adds in _STORY:
             if not placement.given(args, flags):
-                args += adds
+                args = [*adds, *args]
         return args
     if command == "serve" and not placement.names_model(args):
         raise UsageError("serve needs a model: give -m FILE.gguf (llama.cpp's router mode is not supported)")
@@ -220,6 +222,11 @@ class _Run:
         if not reports:
             why = "the mode is off" if config.mode == "off" else "no context was opened"
             reports = [stats.not_engaged(config.policy, config.mode, why)]
+        if self.host.record is not None and not any(report.engaged for report in reports):
+            print(
+                f"fate: nothing was recorded in {self.host.record}: not engaged because {reports[0].reason}",
+                file=sys.stderr,
+            )
         if self.chosen.stats_format == "text":
             text = "\n".join(stats.summary(report) for report in reports)
             print(text, file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ def bad_value(key: str, value: object, allowed: str) -> PolicyConfigError:
 def unknown_name(what: str, name: object, known: Iterable[str]) -> PolicyConfigError:
     """Return the error for a name that is none of `known`, with the nearest one if one is near."""
     known = sorted(known)
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    begun = [one for one in known if name and one.startswith(str(name))]
+    near = begun if len(begun) == 1 else difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return PolicyConfigError(f"unknown {what} {name!r}{hint} (known: {', '.join(known) or 'none'})")
 
@@ -66,11 +68,24 @@ def choice(key: str, value: Any, allowed: tuple[str, ...]) -> str:
     return str(value)
 
 
-def target(what: str, path: Path) -> Path:
-    """Return the path of a file that will be written after long work, if its folder exists."""
+def target(what: str, path: Path, read: Iterable[Path] = ()) -> Path:
+    """Return the path of a file that will be written after long work, if it can be.
+
+    read : files that the work reads, which it must not be
+    """
     folder = path.parent
     if not folder.is_dir():
         raise FateError(f"{what} {path} cannot be written: there is no folder {folder}")
     if path.is_dir():
         raise FateError(f"{what} {path} cannot be written: it is a folder")
+    is_new = not os.path.lexists(path)
+    if not is_new and any(one.exists() and path.samefile(one) for one in read):
+        raise FateError(f"{what} {path} would overwrite what it is made of; give another name")
+    if is_new or path.is_file():
+        try:
+            path.open("ab").close()
+            if is_new:
+                path.unlink()
+        except OSError as error:
+            raise FateError(f"{what} {path} cannot be written: {error.strerror}") from error
     return path

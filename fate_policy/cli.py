@@ -238,7 +238,7 @@ def _report(args: argparse.Namespace) -> int:
     from fate_policy import recall, report, trace
 
     path = data.find(args.trace, args.traces)
-    output = checks.target("report", args.output or Path(f"{path.stem}.html"))
+    output = checks.target("report", args.output or Path(f"{path.stem}.html"), [path])
     told = report.write(trace.load(path), output, path.stem, args.budget, args.expert_bytes)
     rows = [one.as_dict() for one in told]
     if args.format == "json":
@@ -287,14 +287,11 @@ def _plan(args: argparse.Namespace) -> int:
     from fate_policy import trace
     from fate_policy.plan import gain, plan
 
+    paths, others = ([data.find(name, args.traces) for name in names] for names in (args.trace, args.test))
     if args.output is not None:
-        checks.target("plan", args.output)
-    solved_on = [
-        (path.stem, trace.load(path)) for path in (data.find(name, args.traces) for name in args.trace)
-    ]
-    shown_on = [
-        (path.stem, trace.load(path)) for path in (data.find(name, args.traces) for name in args.test)
-    ]
+        checks.target("plan", args.output, [*paths, *others])
+    solved_on = [(path.stem, trace.load(path)) for path in paths]
+    shown_on = [(path.stem, trace.load(path)) for path in others]
     if not shown_on:
         halves = [(name, *halved(name, whole)) for name, whole in solved_on]
         solved_on = [(f"{name} (first half)", first) for name, first, _ in halves]

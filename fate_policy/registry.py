@@ -157,8 +157,11 @@ def _import(module_name: str, path: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name not in parents:
             raise
+        hint = ""
+        if module_name in BUILT_IN:
+            hint = f"; parameters of {module_name} go into a .yaml file, under `{module_name}:`"
         raise PolicyConfigError(
-            f"policy {path}: no module {error.name!r} on Python's path or in {here}"
+            f"policy {path}: no module {error.name!r} on Python's path or in {here}{hint}"
         ) from None
     finally:
         sys.path.remove(here)

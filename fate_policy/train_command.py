@@ -30,6 +30,9 @@ REPETITIVE = 2
 """The bit of `seq_flags` by which the source marks a prompt whose answer repeats itself."""
 
 
+_CONFIG = "policy: classifier\nclassifier:\n  model: "
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "trace",
@@ -98,8 +101,17 @@ def run(args: argparse.Namespace) -> int:
 
     shown = sys.stderr.isatty()
     target = args.report or args.output.with_suffix(".json")
-    for written in (args.output, target):
-        checks.target("model" if written is args.output else "report", written)
+    config = args.output.with_suffix(".yaml")
+    read = [data.find(name, args.traces) for name in (*args.trace, *args.test)]
+    if args.output.suffix != ".npz":
+        raise FateError(f"--output {args.output}: expected a name that ends in .npz")
+    for what, written in (("model", args.output), ("configuration", config), ("report", target)):
+        checks.target(what, written, read)
+    if config.exists() and not config.read_text(encoding="utf-8", errors="replace").startswith(_CONFIG):
+        raise FateError(
+            f"configuration {config} would be overwritten, and is not one that `fate train` wrote; move it, "
+            "or give another --output"
+        )
     checks.number("table_mb", args.table_mb, above=0)
     fitting: dict[str, Trace] = {}
     tests: dict[str, tuple[Trace, Path]] = {}
@@ -109,8 +121,13 @@ def run(args: argparse.Namespace) -> int:
         if len(whole.prompt_start) >= LEAST_PROMPTS:
             fitting[path.stem], second = train.split(whole)
             tests[f"{path.stem} (second half)"] = second, path
+    fitted_on = {_hash(name, args.traces) for name in args.trace}
     for name in args.test:
         path, whole = _load(name, args.traces)
+        if _hash(name, args.traces) in fitted_on:
+            raise FateError(
+                f"--test {name}: it is what the model is fitted on, which tells nothing; give another"
+            )
         tests[path.stem] = whole, path
     if not tests:
         raise FateError(
@@ -183,11 +200,7 @@ def run(args: argparse.Namespace) -> int:
     }
     fitted = replace(fitted, meta={**fitted.meta, "held_out": held_out})
     fitted.save(args.output)
-    config = args.output.with_suffix(".yaml")
-    config.write_text(
-        f"policy: classifier\nclassifier:\n  model: {args.output.resolve()}\n  table_mb: {args.table_mb:g}\n",
-        encoding="utf-8",
-    )
+    config.write_text(f"{_CONFIG}{args.output.resolve()}\n  table_mb: {args.table_mb:g}\n", encoding="utf-8")
     target.write_text(json.dumps(report, indent=2), encoding="utf-8")
     _plot(report, target.with_suffix(".png"))
     print(as_text(report))
@@ -220,6 +233,10 @@ def _check(args: argparse.Namespace, options: train.Options, traces: list[Trace]
     n = shape.table[0] * shape.table[1]
     rank = min(options.rank_basis, n)
     Features(shape, np.zeros((n, rank), np.float32), np.zeros(rank, np.float32), table_mb=args.table_mb)
+
+
+def _hash(name: str, folder: str | None) -> str:
+    return trace.load(data.find(name, folder)).hash()
 
 
 def _load(name: str, folder: str | None) -> tuple[Path, Trace]:

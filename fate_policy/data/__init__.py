@@ -33,7 +33,7 @@ def find(name: str | Path, folder: str | Path | None = None) -> Path:
         for candidate in (place / path, place / f"{path}.npz"):
             if candidate.exists():
                 return candidate
-    if path.parent == Path():
+    if path.parent == Path() and path.suffix not in (".npz", ".part"):
         known = {file.stem for place in folders for file in place.glob("*.npz")}
         raise TraceError(
             f"{unknown_name('trace', str(name), known)}; more are found in the folder that --traces or "

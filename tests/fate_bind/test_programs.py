@@ -108,7 +108,7 @@ def test_a_wrong_flag_says_what_is_expected(args: list[str], what: str) -> None:
 def test_a_program_gets_its_flags_and_the_placement(run, model: Path) -> None:
     code, out, err = run("-n", "3", "--fate-slots", "4")
     assert code == 0
-    assert out == f"completion: -m {model} -n 3 --no-repack -fit off\n"
+    assert out == f"completion: --no-repack -fit off -m {model} -n 3\n"
     assert err.startswith("fate: engaged in 2 of 2 MoE layers, policy lru, table mode\n")
     assert "  slots         4 of 8 experts in each layer, a pool of 0.0 MiB\n" in err
     assert "8 tokens in " in err
@@ -289,6 +289,8 @@ def test_a_bad_policy_file_is_one_line(run, tmp_path: Path, content: str | None,
         (["verify", "-n"], 3, "-n : expected the number"),
         (["verify", "--version"], 3, "--version makes llama.cpp print something and end the process"),
         (["verify", "--list-devices"], 3, "--list-devices makes"),
+        (["verify", "-ub", "0"], 3, "-ub 0: expected a number of tokens, 1 or more"),
+        (["run", "--batch-size", "-4"], 2, "--batch-size -4: expected a number of tokens, 1 or more"),
         (["verify", "-cl"], 3, "-cl makes"),
         (["verify", "--cache-list"], 3, "--cache-list makes"),
         (["verify", "--completion-bash"], 3, "--completion-bash makes"),

@@ -122,6 +122,20 @@ def test_ctrl_c_keeps_the_record_and_prints_the_summary(folder: Path, args: tupl
     assert not (folder / "trace.npz.part").exists()
 
 
+def test_a_recording_of_nothing_is_said(folder: Path) -> None:
+    flags = ["-n", "2", "--fate-slots", "100%", "--fate-record", "none.npz"]
+    code, _, err = run(folder, "run", "-t", "1", *flags)
+    assert code == 0
+    assert "fate: nothing was recorded in none.npz: not engaged because all experts resident" in err
+    assert not (folder / "none.npz").exists()
+
+
+def test_a_value_that_is_forgotten_is_not_one_of_ours(folder: Path) -> None:
+    code, _, err = run(folder, "run", "-n", "2", "-p")
+    assert code == 1
+    assert "expected value for argument" in err
+
+
 def test_chat_answers_and_leaves(folder: Path) -> None:
     code, out, err = run(folder, "chat", "-m", str(EMBEDDED), "-t", "1", "-n", "8", stdin="hello\n/exit\n")
     assert code == 0

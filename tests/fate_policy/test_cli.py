@@ -120,11 +120,11 @@ def test_plan_writes_slots_and_shows_what_they_gain(capsys: pytest.CaptureFixtur
             "--resident -5.0: expected a number of tokens/s greater than 0",
         ),
         (
-            ["train", "real", "--test", "real", "--table-mb", "0.01"],
+            ["train", "real", "--test", "gptoss20b_stem", "--table-mb", "0.01"],
             "table_mb: 0.01 is not allowed; expected at",
         ),
         (
-            ["train", "real", "--test", "real", "--estimator", "none"],
+            ["train", "real", "--test", "gptoss20b_stem", "--estimator", "none"],
             "estimator 'none': not a name of this form",
         ),
         (["replay", "real", "--link", "0"], "--link 0.0: expected a number of GB/s greater than 0"),
@@ -136,6 +136,18 @@ def test_plan_writes_slots_and_shows_what_they_gain(capsys: pytest.CaptureFixtur
         (["replay", "real", "--plot", "no/r.png"], "plot no/r.png cannot be written: there is no folder no"),
         (["train", "real", "-o", "no/m.npz"], "model no/m.npz cannot be written: there is no folder no"),
         (["train", "real", "--report", "."], "report . cannot be written: it is a folder"),
+        (["train", "real", "-o", "m.txt"], "--output m.txt: expected a name that ends in .npz"),
+        (["train", "real", "-o", "real.npz"], "model real.npz would overwrite what it is made of"),
+        (
+            ["train", "real", "--test", "real", "-o", "m.npz"],
+            "--test real: it is what the model is fitted on",
+        ),
+        (["report", "real", "-o", "real.npz"], "report real.npz would overwrite what it is made of"),
+        (["report", "none.npz"], "trace none.npz does not exist"),
+        (
+            ["plan", "--trace", "real", "--budget", "50%", "-o", "real.npz"],
+            "plan real.npz would overwrite what it is made of",
+        ),
         (
             ["plan", "--trace", "real", "--budget", "8", "-o", "no/p"],
             "plan no/p cannot be written: there is no",
@@ -145,6 +157,20 @@ def test_plan_writes_slots_and_shows_what_they_gain(capsys: pytest.CaptureFixtur
 def test_an_error_is_one_line(command: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_file_of_the_users_own_is_not_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("m.yaml").write_text("policy: lru\n", encoding="utf-8")
+    assert main(["train", "real", "--test", "gptoss20b_stem", "-o", "m.npz"]) == 1
+    assert "configuration m.yaml would be overwritten" in capsys.readouterr().err
+    assert Path("m.yaml").read_text(encoding="utf-8") == "policy: lru\n"
+    assert not Path("m.npz").exists()
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="no folder in which even root cannot write")
+def test_what_cannot_be_written_is_said_before_the_work(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "real", "--test", "gptoss20b_stem", "-o", "/sys/m.npz"]) == 1
+    assert "model /sys/m.npz cannot be written: " in capsys.readouterr().err
 
 
 def test_what_the_lab_needs_is_asked_for_only_there() -> None:

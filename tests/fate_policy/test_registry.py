@@ -75,6 +75,7 @@ def test_an_unknown_parameter_of_an_own_policy(own: Path) -> None:
         ("own_policy:not_a_policy", "does not derive from fate_policy.Policy"),
         ("missing_policy:Own", "no module 'missing_policy'"),
         ("missing.policy:Own", "no module 'missing'"),
+        ("frequency:half_life_tokens=64", r"no module 'frequency'.*go into a .yaml file, under `frequency:`"),
         (":Own", 'expected "module:Class"'),
         ("a b:Own", 'expected "module:Class"'),
         ("own_policy:", "has no ''"),

@@ -167,7 +167,7 @@ def test_quick_training_from_the_shell(
 
 def test_an_estimator_without_weights_cannot_be_balanced(tmp_path: Path) -> None:
     real_trace().save(tmp_path / "t.npz")
-    args = [str(tmp_path / "t.npz"), "--test", str(tmp_path / "t.npz"), "-o", str(tmp_path / "m.npz")]
+    args = [str(tmp_path / "t.npz"), "--test", "gptoss20b_stem", "-o", str(tmp_path / "m.npz")]
     args += ["--balance", "balanced", "--estimator", "sklearn.neighbors:KNeighborsClassifier"]
     with pytest.raises(
         FateError, match="KNeighborsClassifier' takes no sample_weight; fit without --balance"
@@ -193,7 +193,7 @@ def test_inputs_can_be_done_without() -> None:
 )
 def test_what_cannot_be_done_without(args: list[str], fault: str, tmp_path: Path) -> None:
     real_trace().save(tmp_path / "t.npz")
-    given = [str(tmp_path / "t.npz"), "--test", str(tmp_path / "t.npz"), "-o", str(tmp_path / "m.npz"), *args]
+    given = [str(tmp_path / "t.npz"), "--test", "gptoss20b_stem", "-o", str(tmp_path / "m.npz"), *args]
     with pytest.raises(FateError, match=fault):
         cli.main("train", given)
 
