@@ -57,7 +57,10 @@ class Slots:
         if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MAX_COUNT:
             return cls("count", (Fraction(value),))
         if isinstance(value, (list, tuple)) and value:
-            counts = [cls.parse(item) for item in value]
+            try:
+                counts = [cls.parse(item) for item in value]
+            except PolicyConfigError:
+                raise checks.bad_value("slots", value, _SLOTS_ALLOWED) from None
             if all(count.kind == "count" for count in counts):
                 return cls("list", tuple(count.values[0] for count in counts))
         if isinstance(value, str):

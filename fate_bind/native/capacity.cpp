@@ -83,6 +83,18 @@ static std::string too_little_vram(const fate_layer_shape & layer, int32_t n, co
         static_cast<double>(budget.staging_bytes) / gib, n, layer.k);
 }
 
+// What comes to so many slots, where it is no number of them.
+static std::string asked(const fate_config & config) {
+    switch (config.slots_kind) {
+        case FATE_SLOTS_BYTES:
+            return fate_format(", of %.0f bytes in all,", config.slots_value);
+        case FATE_SLOTS_PERCENT:
+            return fate_format(", %g%% of its experts,", config.slots_value);
+        default:
+            return "";
+    }
+}
+
 std::vector<int32_t> fate_capacity(const fate_config & config, const std::vector<int32_t> & list,
                                    const std::vector<fate_layer_shape> & layers, int64_t staging_bytes,
                                    const std::vector<fate_budget> & budgets) {
@@ -145,8 +157,8 @@ std::vector<int32_t> fate_capacity(const fate_config & config, const std::vector
         if (n < layers[i].k) {
             throw fate_error(
                 FATE_STATUS_CAPACITY,
-                fate_format("slots: %.0f in MoE layer %zu is fewer than the %d experts that it uses per token; the minimum is %s", n, i,
-                            layers[i].k, minimum(config.slots_kind, layers, staging_bytes).c_str()));
+                fate_format("slots: %.0f in MoE layer %zu%s is fewer than the %d experts that it uses per token; the minimum is %s", n, i,
+                            asked(config).c_str(), layers[i].k, minimum(config.slots_kind, layers, staging_bytes).c_str()));
         }
         n_slots[i] = std::min(static_cast<int32_t>(n), layers[i].n_experts);
     }

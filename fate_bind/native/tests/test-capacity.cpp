@@ -86,7 +86,9 @@ int main() {
 
     CHECK(says(error(FATE_SLOTS_COUNT, 0), "the minimum is 8"));
     CHECK(says(error(FATE_SLOTS_COUNT, 7), "layer 1"));
+    CHECK(says(error(FATE_SLOTS_PERCENT, 6), ", 6% of its experts, is fewer than"));
     CHECK(says(error(FATE_SLOTS_PERCENT, 6), "the minimum is 12.5%"));
+    CHECK(says(error(FATE_SLOTS_BYTES, 1024), ", of 1024 bytes in all, is fewer than"));
     CHECK(says(error(FATE_SLOTS_BYTES, 1000), "the minimum is 2400 bytes"));
     CHECK(says(error(FATE_SLOTS_COUNT, 129), "the maximum is 128"));
     CHECK(says(error(FATE_SLOTS_LIST, 0, { 4 }), "2 MoE layers"));
