@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import glob
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -204,3 +205,6 @@ def _check_record(path: Path) -> None:
     except OSError as error:
         raise TraceError(f"trace {path} cannot be recorded: {error.strerror or error}") from error
     check_part(path)
+    of_further = f"{glob.escape(path.stem)}-[0-9].npz.part"  # contexts
+    for further in path.parent.glob(of_further):
+        check_part(further.with_suffix(""))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,7 +13,7 @@ from fate_bind.errors import UsageError
 
 MODEL_FLAGS = ("-m", "--model", "-mu", "--model-url", "-hf", "-hfr", "--hf-repo")
 HELP = ("-h", "--help", "--usage")
-_BATCH = ("-b", "--batch-size", "-ub", "--ubatch-size")
+_BATCH = ("-b", "--batch-size")
 _ENDS = (*HELP, "--version", "-cl", "--cache-list", "--list-devices", "--completion-bash")
 _MODEL_VARIABLES = ("LLAMA_ARG_MODEL", "LLAMA_ARG_MODEL_URL", "LLAMA_ARG_HF_REPO")
 
@@ -89,9 +90,12 @@ def refuse_ends(args: Sequence[str]) -> None:
 
 
 def refuse_no_batch(args: Sequence[str]) -> None:
-    """Raise for a batch size below 1, which llama.cpp takes and then fails to assert."""
-    for arg, value in pairwise(args):
-        if given([arg], _BATCH) and value.lstrip("-").isdecimal() and int(value) < 1:
+    """Raise for a batch of 0 tokens, with which llama.cpp fails an assertion."""
+    found = [(arg, value) for arg, value in pairwise(args) if given([arg], _BATCH)]
+    if not found and "LLAMA_ARG_BATCH" in os.environ:
+        found = [("LLAMA_ARG_BATCH", os.environ["LLAMA_ARG_BATCH"])]
+    for arg, value in found:
+        if any(re.fullmatch("[+-]?0+", one.strip()) for one in value.split(",")):
             raise UsageError(f"{arg} {value}: expected a number of tokens, 1 or more")
 
 

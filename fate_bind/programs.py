@@ -222,11 +222,9 @@ class _Run:
         if not reports:
             why = "the mode is off" if config.mode == "off" else "no context was opened"
             reports = [stats.not_engaged(config.policy, config.mode, why)]
-        if self.host.record is not None and not any(report.engaged for report in reports):
-            print(
-                f"fate: nothing was recorded in {self.host.record}: not engaged because {reports[0].reason}",
-                file=sys.stderr,
-            )
+        if self.host.record is not None and not any(report.counters.tokens for report in reports):
+            why = "no token ran" if reports[0].engaged else f"not engaged because {reports[0].reason}"
+            print(f"fate: nothing was recorded in {self.host.record}: {why}", file=sys.stderr)
         if self.chosen.stats_format == "text":
             text = "\n".join(stats.summary(report) for report in reports)
             print(text, file=sys.stderr, flush=True)

@@ -111,13 +111,14 @@ class _Model:
         ffi, lib = library.load()
         placement.refuse_ends(args)
         self.path = modelfile.meant(path, args)
-        argv = ["fate", *args]
+        argv = ["fate"]  # ours first: a value that is forgotten at the end is missed
         if path is None:
             modelfile.check_args(args)
         else:
             argv += ["-m", str(modelfile.check(path))]
         if place:
             argv += placement.flags("completion", args, placement.has_gpu())
+        argv += args
         keep = [ffi.new("char[]", arg.encode()) for arg in argv]
         handle = ffi.new("fate_model **")
         library.check(lib.fate_model_open(len(keep), ffi.new("char *[]", keep), handle))

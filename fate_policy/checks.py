@@ -79,9 +79,9 @@ def target(what: str, path: Path, read: Iterable[Path] = ()) -> Path:
     if path.is_dir():
         raise FateError(f"{what} {path} cannot be written: it is a folder")
     is_new = not os.path.lexists(path)
-    if not is_new and any(one.exists() and path.samefile(one) for one in read):
+    if path.exists() and any(one.exists() and path.samefile(one) for one in read):
         raise FateError(f"{what} {path} would overwrite what it is made of; give another name")
-    if is_new or path.is_file():
+    if path.is_file() or not path.exists():
         try:
             path.open("ab").close()
             if is_new:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ REPETITIVE = 2
 
 
 _CONFIG = "policy: classifier\nclassifier:\n  model: "
+_IS_CONFIG = re.compile(_CONFIG + r".+\n  table_mb: [\d.e+]+\n")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,9 +107,15 @@ def run(args: argparse.Namespace) -> int:
     read = [data.find(name, args.traces) for name in (*args.trace, *args.test)]
     if args.output.suffix != ".npz":
         raise FateError(f"--output {args.output}: expected a name that ends in .npz")
-    for what, written in (("model", args.output), ("configuration", config), ("report", target)):
+    made = {"model": args.output, "configuration": config, "report": target}
+    for what, written in made.items():
         checks.target(what, written, read)
-    if config.exists() and not config.read_text(encoding="utf-8", errors="replace").startswith(_CONFIG):
+    plot = checks.target("plot", target.with_suffix(".png"), read)
+    if len({path.absolute() for path in (*made.values(), plot)}) <= len(made):
+        raise FateError(
+            f"--report {target}: expected a name that no other file of the fit has, such as x.json"
+        )
+    if config.exists() and not _IS_CONFIG.fullmatch(config.read_text(encoding="utf-8", errors="replace")):
         raise FateError(
             f"configuration {config} would be overwritten, and is not one that `fate train` wrote; move it, "
             "or give another --output"
@@ -121,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
         if len(whole.prompt_start) >= LEAST_PROMPTS:
             fitting[path.stem], second = train.split(whole)
             tests[f"{path.stem} (second half)"] = second, path
-    fitted_on = {_hash(name, args.traces) for name in args.trace}
+    fitted_on = {_hash(name, args.traces) for name in args.trace} if args.test else set()
     for name in args.test:
         path, whole = _load(name, args.traces)
         if _hash(name, args.traces) in fitted_on:
@@ -202,9 +210,9 @@ def run(args: argparse.Namespace) -> int:
     fitted.save(args.output)
     config.write_text(f"{_CONFIG}{args.output.resolve()}\n  table_mb: {args.table_mb:g}\n", encoding="utf-8")
     target.write_text(json.dumps(report, indent=2), encoding="utf-8")
-    _plot(report, target.with_suffix(".png"))
+    _plot(report, plot)
     print(as_text(report))
-    say(f"wrote {args.output}, {config}, {target} and {target.with_suffix('.png')}")
+    say(f"wrote {args.output}, {config}, {target} and {plot}")
     if model.is_worse_than_lru(args.output):
         say("it hits less than lru on these tests: a run takes it only with --fate-policy classifier")
     if fitted.meta["tokens"] != "id":

@@ -150,13 +150,13 @@ static __device__ void fate_gate_chances_of(const fate_cuda_layer & target, cons
         selection[e] = __ldcg(view.selection + e);
     }
     __syncthreads();
-    if (view.gate.n_groups > 0) {
-        for (int32_t e = threadIdx.x; e < target.n_experts; e += n_threads) {
-            chance[e] = fate_gate_grouped(view.gate, selection, e);
+    if (view.gate.n_groups > 0) { // fewer than experts
+        for (int32_t group = threadIdx.x; group < view.gate.n_groups; group += n_threads) {
+            chance[group] = fate_gate_group(view.gate, selection, group);
         }
         __syncthreads();
         for (int32_t e = threadIdx.x; e < target.n_experts; e += n_threads) {
-            selection[e] = chance[e];
+            selection[e] = fate_gate_is_open(view.gate, chance, e) ? selection[e] : -INFINITY;
         }
         __syncthreads();
     }

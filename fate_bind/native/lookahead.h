@@ -58,8 +58,12 @@ FATE_HOST_DEVICE inline float fate_gate_selection(const fate_gate & gate, int32_
     return gate.selection_bias ? value + gate.selection_bias[expert] : value;
 }
 
-// What groups are ranked by: the sum of a group's best two.
-FATE_HOST_DEVICE inline float fate_gate_group(const fate_gate & gate, const float * selection, int32_t group, float most) {
+// What a group is ranked by: the sum of its best two.
+FATE_HOST_DEVICE inline float fate_gate_group(const fate_gate & gate, const float * selection, int32_t group) {
+    float most = -INFINITY;
+    for (int32_t e = 0; gate.is_softmax && e < gate.n_experts; ++e) {
+        most = fmaxf(most, selection[e]);
+    }
     const int32_t n     = gate.n_experts / gate.n_groups;
     float         one   = -INFINITY;
     float         other = -INFINITY;
@@ -71,20 +75,14 @@ FATE_HOST_DEVICE inline float fate_gate_group(const fate_gate & gate, const floa
     return n > 1 ? one + other : one;
 }
 
-// What the expert is selected by when groups are looked at: minus infinity where its group is none of the best.
-FATE_HOST_DEVICE inline float fate_gate_grouped(const fate_gate & gate, const float * selection, int32_t expert) {
-    float most = -INFINITY;
-    for (int32_t e = 0; gate.is_softmax && e < gate.n_experts; ++e) {
-        most = fmaxf(most, selection[e]);
-    }
+// Whether the expert's group is one of the best; groups[n_groups]: what they are ranked by.
+FATE_HOST_DEVICE inline bool fate_gate_is_open(const fate_gate & gate, const float * groups, int32_t expert) {
     const int32_t own    = expert / (gate.n_experts / gate.n_groups);
-    const float   mine   = fate_gate_group(gate, selection, own, most);
     int32_t       before = 0;
     for (int32_t group = 0; group < gate.n_groups; ++group) {
-        const float theirs = fate_gate_group(gate, selection, group, most);
-        before += theirs > mine || (theirs == mine && group < own);
+        before += groups[group] > groups[own] || (groups[group] == groups[own] && group < own);
     }
-    return before < gate.n_groups_used ? selection[expert] : -INFINITY;
+    return before < gate.n_groups_used;
 }
 
 // The chance of the expert of a rank, 0 the first, when a token uses k: falls with the rank, and is a half or more for the first k.
@@ -115,13 +113,11 @@ inline void fate_gate_chances(const fate_gate & gate, const float * x, float * s
         }
         selection[e] = fate_gate_selection(gate, e, sum);
     }
-    if (gate.n_groups > 0) {
-        for (int32_t e = 0; e < gate.n_experts; ++e) {
-            chance[e] = fate_gate_grouped(gate, selection, e);
-        }
-        for (int32_t e = 0; e < gate.n_experts; ++e) {
-            selection[e] = chance[e];
-        }
+    for (int32_t group = 0; group < gate.n_groups; ++group) { // fewer than experts
+        chance[group] = fate_gate_group(gate, selection, group);
+    }
+    for (int32_t e = 0; gate.n_groups > 0 && e < gate.n_experts; ++e) {
+        selection[e] = fate_gate_is_open(gate, chance, e) ? selection[e] : -INFINITY;
     }
     for (int32_t e = 0; e < gate.n_experts; ++e) {
         int32_t rank;

@@ -136,6 +136,11 @@ def test_plan_writes_slots_and_shows_what_they_gain(capsys: pytest.CaptureFixtur
         (["replay", "real", "--plot", "no/r.png"], "plot no/r.png cannot be written: there is no folder no"),
         (["train", "real", "-o", "no/m.npz"], "model no/m.npz cannot be written: there is no folder no"),
         (["train", "real", "--report", "."], "report . cannot be written: it is a folder"),
+        (
+            ["train", "real", "-o", "m.npz", "--report", "m.npz"],
+            "--report m.npz: expected a name that no other",
+        ),
+        (["train", "real", "-o", "m.npz", "--report", "m.yaml"], "--report m.yaml: expected a name that no"),
         (["train", "real", "-o", "m.txt"], "--output m.txt: expected a name that ends in .npz"),
         (["train", "real", "-o", "real.npz"], "model real.npz would overwrite what it is made of"),
         (
