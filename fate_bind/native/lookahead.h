@@ -41,11 +41,16 @@ inline int32_t fate_gate_stride(int32_t n_embd) {
 inline float fate_gate_pack(const float * row, int32_t n_embd, int8_t * packed) {
     float most = 0.0f;
     for (int32_t i = 0; i < n_embd; ++i) {
-        most = std::fmax(most, std::fabs(row[i]));
+        const float size = std::fabs(row[i]);
+        most             = size > most ? size : most;
     }
-    const float scale = most > 0.0f ? most / 127.0f : 1.0f;
-    for (int32_t i = 0; i < fate_gate_stride(n_embd); ++i) {
-        packed[i] = i < n_embd ? static_cast<int8_t>(std::lrint(row[i] / scale)) : 0;
+    const float scale   = most > 0.0f ? most / 127.0f : 1.0f;
+    const float rounder = 12582912.0f; // 1.5 * 2^23: what is added to it has no fraction left, and compilers know how to do several at once
+    for (int32_t i = 0; i < n_embd; ++i) {
+        packed[i] = static_cast<int8_t>(static_cast<int32_t>((row[i] / scale + rounder) - rounder));
+    }
+    for (int32_t i = n_embd; i < fate_gate_stride(n_embd); ++i) {
+        packed[i] = 0;
     }
     return scale;
 }
