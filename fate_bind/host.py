@@ -205,6 +205,6 @@ def _check_record(path: Path) -> None:
     except OSError as error:
         raise TraceError(f"trace {path} cannot be recorded: {error.strerror or error}") from error
     check_part(path)
-    of_further = f"{glob.escape(path.stem)}-[0-9].npz.part"  # contexts
-    for further in path.parent.glob(of_further):
+    names = f"{glob.escape(path.stem)}-[0-9].npz.part"  # what further contexts are recorded to
+    for further in path.parent.glob(names):
         check_part(further.with_suffix(""))

@@ -74,18 +74,18 @@ def target(what: str, path: Path, read: Iterable[Path] = ()) -> Path:
     read : files that the work reads, which it must not be
     """
     folder = path.parent
-    if not folder.is_dir():
-        raise FateError(f"{what} {path} cannot be written: there is no folder {folder}")
-    if path.is_dir():
-        raise FateError(f"{what} {path} cannot be written: it is a folder")
-    is_new = not os.path.lexists(path)
-    if path.exists() and any(one.exists() and path.samefile(one) for one in read):
-        raise FateError(f"{what} {path} would overwrite what it is made of; give another name")
-    if path.is_file() or not path.exists():
-        try:
+    try:
+        if not folder.is_dir():
+            raise FateError(f"{what} {path} cannot be written: there is no folder {folder}")
+        if path.is_dir():
+            raise FateError(f"{what} {path} cannot be written: it is a folder")
+        if path.exists() and any(one.exists() and path.samefile(one) for one in read):
+            raise FateError(f"{what} {path} would overwrite what it is made of; give another name")
+        if path.is_file() or not path.exists():
+            is_new = not os.path.lexists(path)
             path.open("ab").close()
             if is_new:
                 path.unlink()
-        except OSError as error:
-            raise FateError(f"{what} {path} cannot be written: {error.strerror}") from error
+    except OSError as error:
+        raise FateError(f"{what} {path} cannot be written: {error.strerror}; give another name") from error
     return path

@@ -32,7 +32,7 @@ REPETITIVE = 2
 
 
 _CONFIG = "policy: classifier\nclassifier:\n  model: "
-_IS_CONFIG = re.compile(_CONFIG + r".+\n  table_mb: [\d.e+]+\n")
+_IS_CONFIG = re.compile(_CONFIG + r".+\n  table_mb: [\d.e+-]+\n")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,17 +122,18 @@ def run(args: argparse.Namespace) -> int:
         )
     checks.number("table_mb", args.table_mb, above=0)
     fitting: dict[str, Trace] = {}
+    fitted_on: set[str] = set()  # as their hashes tell
     tests: dict[str, tuple[Trace, Path]] = {}
     for name in args.trace:
         path, whole = _load(name, args.traces)
         fitting[path.stem] = whole
+        fitted_on.add(whole.hash())
         if len(whole.prompt_start) >= LEAST_PROMPTS:
             fitting[path.stem], second = train.split(whole)
             tests[f"{path.stem} (second half)"] = second, path
-    fitted_on = {_hash(name, args.traces) for name in args.trace} if args.test else set()
     for name in args.test:
         path, whole = _load(name, args.traces)
-        if _hash(name, args.traces) in fitted_on:
+        if whole.hash() in fitted_on:
             raise FateError(
                 f"--test {name}: it is what the model is fitted on, which tells nothing; give another"
             )
@@ -241,10 +242,6 @@ def _check(args: argparse.Namespace, options: train.Options, traces: list[Trace]
     n = shape.table[0] * shape.table[1]
     rank = min(options.rank_basis, n)
     Features(shape, np.zeros((n, rank), np.float32), np.zeros(rank, np.float32), table_mb=args.table_mb)
-
-
-def _hash(name: str, folder: str | None) -> str:
-    return trace.load(data.find(name, folder)).hash()
 
 
 def _load(name: str, folder: str | None) -> tuple[Path, Trace]:

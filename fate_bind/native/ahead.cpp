@@ -247,14 +247,13 @@ void fate_engine::open_views() {
 
 // Of what layers tell, what is recorded: the distances, the farthest first. None where no layer can.
 std::vector<int32_t> fate_engine::horizons() const {
-    std::vector<int32_t> all;
-    for (const auto & b : blocks_) {
-        const bool tells = !b->views.empty() && (!b->device || b->device->bounced().empty());
-        if (config_.record && tells && all.empty()) {
-            all = distances();
-            std::reverse(all.begin(), all.end());
-        }
+    const bool tells = std::any_of(blocks_.begin(), blocks_.end(),
+                                   [](const auto & b) { return !b->views.empty() && (!b->device || b->device->bounced().empty()); });
+    if (!config_.record || !tells) {
+        return {};
     }
+    std::vector<int32_t> all = distances();
+    std::reverse(all.begin(), all.end());
     return all;
 }
 

@@ -120,8 +120,9 @@ void fate_engine::engage() {
             }
             open_views();
             open_devices();
+            const std::vector<int32_t> told = horizons();
             for (fate_record & record : record_) {
-                record.set_horizons(horizons());
+                record.set_horizons(told);
             }
             return;
         } catch (const fate_error & e) {

@@ -149,6 +149,14 @@ def test_a_recording_in_which_nothing_was_told_is_no_source_for_replay(plain: Pl
         replay(trace, "lru", prefetch=Prefetch(kind="layer"))
 
 
+def in_lockstep(session: Session, without: Session, n: int) -> None:
+    """Decode the tokens below n on both, with the same bits."""
+    for token in range(1, n):
+        assert np.array_equal(
+            session.logits([token]).view(np.uint32), without.logits([token]).view(np.uint32)
+        )
+
+
 @pytest.mark.parametrize("name", ENGAGING)
 def test_every_architecture_tells_or_says_why_not(name: str, architectures: Path, tmp_path: Path) -> None:
     model, args = architectures / f"{name}-moe.gguf", ["-c", "128", "-ub", "8"]
@@ -157,10 +165,7 @@ def test_every_architecture_tells_or_says_why_not(name: str, architectures: Path
         Session(model, args, fate=False) as without,
         Session(model, args, slots=5, sync=True, prefetch="layer", record=path) as session,
     ):
-        for token in range(1, 20):
-            assert np.array_equal(
-                session.logits([token]).view(np.uint32), without.logits([token]).view(np.uint32)
-            )
+        in_lockstep(session, without, 20)
         session.check()
         counters, why = session.counters(), session.stats()["no_prefetch"]
     if name in BLIND:
@@ -190,10 +195,7 @@ def test_experts_in_groups(name: str, architectures: Path, tmp_path: Path) -> No
         Session(model, args, fate=False) as without,
         Session(model, args, slots=5, sync=True, prefetch="layer", record=path) as session,
     ):
-        for token in range(1, 60):
-            assert np.array_equal(
-                session.logits([token]).view(np.uint32), without.logits([token]).view(np.uint32)
-            )
+        in_lockstep(session, without, 60)
         assert session.stats()["no_prefetch"] == ""
         counters = session.counters()
     assert counters == replay(load(path), "lru", prefetch=Prefetch(kind="layer"))
@@ -202,7 +204,6 @@ def test_experts_in_groups(name: str, architectures: Path, tmp_path: Path) -> No
 
 
 def test_experts_in_groups_of_a_trained_model(tmp_path: Path) -> None:
-    """Without a look at the groups it would be 0.55."""
     path = tmp_path / "trace.npz"
     with Session(
         args=in_groups("qwen3moe", 8, 2), slots=10, sync=True, prefetch="layer", record=path

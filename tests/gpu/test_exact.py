@@ -98,13 +98,23 @@ def mixed(session: Session, tokens: list[int]) -> Logits:
 WORKLOADS = {"decode": decode, "prompts": prompts, "batches": batches, "mixed": mixed}
 
 
-@pytest.fixture(scope="module")
-def expected(resident: Session, tokens: list[int]) -> dict[str, Logits]:
+def run_all(session: Session, tokens: list[int]) -> dict[str, Logits]:
+    """Return what every workload gives."""
     made = {}
     for name, run in WORKLOADS.items():
-        resident.clear()
-        made[name] = run(resident, tokens)
+        session.clear()
+        made[name] = run(session, tokens)
     return made
+
+
+def assert_same_bits(got: Logits, expected: Logits) -> None:
+    unequal = (got.view(np.uint32) != expected.view(np.uint32)).any(axis=1)
+    assert not unequal.any(), f"{unequal.sum()} of {len(unequal)} rows differ, first {np.argmax(unequal)}"
+
+
+@pytest.fixture(scope="module")
+def expected(resident: Session, tokens: list[int]) -> dict[str, Logits]:
+    return run_all(resident, tokens)
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
@@ -126,8 +136,7 @@ def test_same_bits_as_resident(
         session.check()
         total = session.counters().totals()
         stats = session.stats()
-    unequal = (got.view(np.uint32) != expected[workload].view(np.uint32)).any(axis=1)
-    assert not unequal.any(), f"{unequal.sum()} of {len(unequal)} rows differ, first {np.argmax(unequal)}"
+    assert_same_bits(got, expected[workload])
     assert stats["layers_engaged"] == N_LAYERS
     assert stats["policy_error"] is None
     assert (stats["asks"] > 0) == (mode == "callback")

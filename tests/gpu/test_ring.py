@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from gpu.test_exact import (
     N_LAYERS,
@@ -12,6 +11,7 @@ from gpu.test_exact import (
     SLOTS,
     WORKLOADS,
     Logits,
+    assert_same_bits,
     expected,
     launches,
     pooled,
@@ -46,8 +46,7 @@ def test_same_bits_as_resident(
         got = WORKLOADS[workload](session, tokens)
         session.check()
         stats = session.stats()
-    unequal = (got.view(np.uint32) != expected[workload].view(np.uint32)).any(axis=1)
-    assert not unequal.any(), f"{unequal.sum()} of {len(unequal)} rows differ, first {np.argmax(unequal)}"
+    assert_same_bits(got, expected[workload])
     assert stats["layers_engaged"] == N_LAYERS
     assert stats["bounced"] == "page_lock is false"
     assert stats["timeouts"] == 0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gpu.test_auto import used_vram
 from gpu.test_exact import (
     ARGS,
     N_LAYERS,
@@ -17,8 +18,10 @@ from gpu.test_exact import (
     TEXT,
     WORKLOADS,
     Logits,
+    assert_same_bits,
     graph_nodes,
     launches,
+    run_all,
 )
 from gpu.test_models import cudart
 
@@ -32,30 +35,26 @@ SPLIT = ["-sm", "layer", "-ts", "1,1"]
 pytestmark = [pytest.mark.gpu, pytest.mark.model]
 
 
-def n_gpus(session: Session) -> int:
-    """Return how many this process sees; a session has loaded the runtime that tells."""
+def n_gpus() -> int:
+    """Return how many this process sees, by the runtime that a session has loaded."""
     count = ctypes.c_int()
-    assert session.n_vocab > 0
     assert ctypes.CDLL(cudart()).cudaGetDeviceCount(ctypes.byref(count)) == 0
     return count.value
 
 
-def used_vram() -> list[int]:
+def used_on_each() -> list[int]:
     cuda = ctypes.CDLL(cudart())
     used = []
-    for gpu in (0, 1):
-        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    for gpu in (1, 0):
         assert cuda.cudaSetDevice(gpu) == 0
-        assert cuda.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)) == 0
-        used.append(total.value - free.value)
-    assert cuda.cudaSetDevice(0) == 0
+        used.append(used_vram())
     return used
 
 
 @pytest.fixture(scope="module")
 def pooled() -> Iterator[Session]:
     with Session(args=[*ARGS, *SPLIT], fate=False) as session:
-        if n_gpus(session) < 2:
+        if n_gpus() < 2:
             pytest.skip("one GPU only")
         yield session
 
@@ -68,12 +67,8 @@ def tokens(pooled: Session) -> list[int]:
 
 @pytest.fixture(scope="module")
 def expected(pooled: Session, tokens: list[int]) -> dict[str, Logits]:
-    made = {}
     with Session(args=[*ARGS, *SPLIT, *RESIDENT], fate=False, place=False) as session:
-        for name, run in WORKLOADS.items():
-            session.clear()
-            made[name] = run(session, tokens)
-    return made
+        return run_all(session, tokens)
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
@@ -88,8 +83,7 @@ def test_same_bits_as_resident(
         session.check()
         total = session.counters().totals()
         stats = session.stats()
-    unequal = (got.view(np.uint32) != expected[workload].view(np.uint32)).any(axis=1)
-    assert not unequal.any(), f"{unequal.sum()} of {len(unequal)} rows differ, first {np.argmax(unequal)}"
+    assert_same_bits(got, expected[workload])
     assert stats["layers_engaged"] == N_LAYERS
     assert stats["policy_error"] is None
     assert stats["timeouts"] == 0
@@ -102,10 +96,10 @@ def test_each_has_its_share(pooled: Session, tokens: list[int]) -> None:
     """Beyond what a context takes there without a pool."""
     used, share = [], 0
     for options in ({"fate": False}, {"policy": "lru", "slots": 31}):
-        before = used_vram()
+        before = used_on_each()
         with pooled.fork(**options) as session:
             session.logits(tokens[:4])
-            used.append(np.subtract(used_vram(), before))
+            used.append(np.subtract(used_on_each(), before))
             share = int(session.stats()["pool_bytes"])
     assert (used[1] - used[0] > share / 4).all()
 
