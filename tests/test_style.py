@@ -35,6 +35,11 @@ def test_native_code_is_formatted() -> None:
     check("clang-format", "--dry-run", "--Werror", *files)
 
 
+def test_kernels_are_launched_into_the_chain() -> None:
+    plain = [path.name for path in NATIVE.glob("*.cu*") if "<<<" in path.read_text()]
+    assert plain == [], "fate_cuda_launch says why"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("package", ["fate_policy", "fate_bind", "bench"])
 def test_types_are_right(package: str) -> None:

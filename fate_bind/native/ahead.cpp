@@ -347,7 +347,7 @@ void fate_engine::prefetch() {
         }
     }
     for (auto & device : devices_) {
-        const std::string why = device->prefetch(chances_.data(), max_experts_);
+        const std::string why = device->prefetch(chances_.data());
         error_                = why.empty() ? error_ : why;
     }
 }

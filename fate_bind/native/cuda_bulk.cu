@@ -9,6 +9,7 @@ fate_cuda_bulk::fate_cuda_bulk(int ordinal, const std::vector<fate_cuda_layer> &
     slot_of_(slot_of),
     stride_(stride) {
     FATE_CUDA(cudaDeviceGetAttribute(&n_blocks_, cudaDevAttrMultiProcessorCount, ordinal));
+    chains_ = fate_cuda_chains(ordinal, reinterpret_cast<const void *>(fate_batch_open));
     before_.allocate(layers.size() * stride);
     touched_.allocate(layers.size() * stride);
     clocks_.allocate(layers.size());
@@ -77,7 +78,7 @@ void fate_cuda_bulk::copy() {
     for (size_t i = 0; i < to_.size(); ++i) {
         FATE_CUDA(cudaMemsetAsync(to_[i], 0xff, alone_[i], engine_));
     }
-    fate_sleep<<<1, 1, 0, engine_>>>();
+    fate_cuda_launch(fate_sleep, 1, 1, 0, engine_, chains_);
 #endif
 #if CUDART_VERSION >= 13000
     cudaMemcpyAttributes attributes = {};
@@ -156,20 +157,16 @@ void fate_cuda_bulk::launch(size_t layer, const fate_cuda_call & call, cudaStrea
     ahead_ = -1;
 
     const int n_pairs = call.n_rows * l.k;
-    fate_batch_open<<<1, 256, 0, stream>>>(l, batch, call.n_rows);
-    FATE_CUDA(cudaGetLastError());
-    fate_batch_note<<<(n_pairs + 255) / 256, 256, 0, stream>>>(l, call, batch);
-    FATE_CUDA(cudaGetLastError());
+    fate_cuda_launch(fate_batch_open, 1, 256, 0, stream, chains_, l, batch, call.n_rows);
+    fate_cuda_launch(fate_batch_note, (n_pairs + 255) / 256, 256, 0, stream, chains_, l, call, batch);
     fate_cuda_layer decides = l;
     decides.n_tensors       = 0; // the copies follow, tensor by tensor
     fate_cuda_launch(l.desk ? fate_bring<true, true> : fate_bring<true>, 1, FATE_CUDA_THREADS, fate_bring_bytes(l.n_experts), stream,
-                     /*chained =*/false, decides, fate_seeds_of(l, call));
+                     chains_, decides, fate_seeds_of(l, call));
     for (size_t t = 0; t < parts_[layer].size(); ++t) {
         if (!given_[layer].tensors[t].is_part) {
-            fate_batch_stage<<<1, FATE_CUDA_THREADS, 0, stream>>>(parts_[layer][t].layer, batch, true);
-            FATE_CUDA(cudaGetLastError());
-            fate_batch_seed<<<1, FATE_CUDA_THREADS, 0, stream>>>(parts_[layer][t].layer, batch);
-            FATE_CUDA(cudaGetLastError());
+            fate_cuda_launch(fate_batch_stage, 1, FATE_CUDA_THREADS, 0, stream, chains_, parts_[layer][t].layer, batch, true);
+            fate_cuda_launch(fate_batch_seed, 1, FATE_CUDA_THREADS, 0, stream, chains_, parts_[layer][t].layer, batch);
         }
     }
 }
@@ -188,13 +185,11 @@ void fate_cuda_bulk::launch_part(size_t layer, size_t tensor, bool next_is_bulk,
     }
     part & p  = parts_[layer][tensor];
     p.is_used = true;
-    fate_batch_stage<<<n_blocks_, FATE_CUDA_THREADS, 0, stream>>>(p.layer, batches_[layer], false);
-    FATE_CUDA(cudaGetLastError());
+    fate_cuda_launch(fate_batch_stage, n_blocks_, FATE_CUDA_THREADS, 0, stream, chains_, p.layer, batches_[layer], false);
 #if !defined(FATE_FAULT_NOT_AWAITED)
     FATE_CUDA(cudaStreamWaitEvent(stream, p.filled.handle, 0));
 #endif
-    fate_batch_seed<<<n_blocks_, FATE_CUDA_THREADS, 0, stream>>>(p.layer, batches_[layer]);
-    FATE_CUDA(cudaGetLastError());
+    fate_cuda_launch(fate_batch_seed, n_blocks_, FATE_CUDA_THREADS, 0, stream, chains_, p.layer, batches_[layer]);
 }
 
 void fate_cuda_bulk::join(cudaStream_t stream) {

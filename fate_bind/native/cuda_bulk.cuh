@@ -12,6 +12,7 @@ struct fate_cuda_batch {
 
 // One block: opens the batch and counts it.
 static __global__ void fate_batch_open(const __grid_constant__ fate_cuda_layer layer, fate_cuda_batch batch, int32_t n_rows) {
+    fate_pdl_wait();
     for (int e = threadIdx.x; e < layer.n_experts; e += blockDim.x) {
         batch.slot_of[e] = layer.slot_of[e];
         batch.touched[e] = 0;
@@ -30,6 +31,7 @@ static __global__ void fate_batch_open(const __grid_constant__ fate_cuda_layer l
 // One thread a pair: notes its use, hands the id on.
 static __global__ void fate_batch_note(const __grid_constant__ fate_cuda_layer layer, const __grid_constant__ fate_cuda_call call,
                                        fate_cuda_batch batch) {
+    fate_pdl_wait();
     const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
     if (i >= call.n_rows * layer.k) {
         return;
@@ -51,6 +53,7 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_batch_stage(con
     __shared__ int32_t s_slot_of[FATE_CUDA_MAX_EXPERTS];
     __shared__ int     s_scratch[33];
 
+    fate_pdl_wait();
     const int tid  = threadIdx.x;
     bool      mine = false;
     if (tid < layer.n_experts) {
@@ -74,6 +77,7 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_batch_seed(cons
     __shared__ int32_t s_slots[FATE_CUDA_MAX_EXPERTS];
     __shared__ int     s_scratch[33];
 
+    fate_pdl_wait();
     const int     tid  = threadIdx.x;
     const int32_t slot = tid < layer.n_experts ? layer.slot_of[tid] : -1;
     const bool    mine = slot >= 0 && slot != batch.slot_of[tid];

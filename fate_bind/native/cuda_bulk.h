@@ -61,8 +61,9 @@ private:
     const int32_t *                        slot_of_; // on the device, [layer][stride]
     const size_t                           stride_;
     int                                    n_blocks_ = 0;
+    bool                                   chains_   = false; // programmatic dependent launch
     cudaStream_t                           engine_   = nullptr;
-    std::vector<void *>                    to_; // copies to be made
+    std::vector<void *>                    to_;               // copies to be made
     std::vector<const void *>              from_;
     std::vector<size_t>                    size_;
 #if defined(FATE_LATE_FILLS)

@@ -57,15 +57,15 @@ public:
     ~fate_cuda_device() override;
 
     void             reset() override;
-    std::string      begin(int32_t n_tokens, bool first_is_bulk, bool is_told) override;
+    std::string      begin(int32_t n_tokens, bool first_is_bulk, bool is_told, const fate_device_orders & orders) override;
     void             launch(size_t layer, uint8_t path, ggml_tensor * dst, void * stream) override;
     bool             is_bulk(size_t layer, int32_t n_rows) const override;
     void             launch_bulk(size_t layer, ggml_tensor * dst, void * stream) override;
     void             launch_part(size_t layer, size_t tensor, bool next_is_bulk, void * stream) override;
     std::string      end(int which) override;
     void             collect(int which, fate_record & record) override;
-    void             publish(const float * scores, int32_t stride, const float * bonus, bool behind) override;
-    std::string      prefetch(const float * chance, int32_t stride) override;
+    void             publish(const float * scores, const float * bonus, bool behind) override;
+    std::string      prefetch(const float * chance) override;
     void             foretell(const fate_predictions & predictions, const fate_router & router) override;
     void             get_counters(std::vector<int64_t> & counters) const override;
     void             get_times(std::vector<int64_t> & times) const override;
@@ -87,12 +87,15 @@ private:
     void           enqueue(uint8_t path, const fate_cuda_layer & layer, const fate_cuda_call & call);
     void           note_launch();
     void           note_prefetches();
+    void           open(fate_cuda_opening opening, const fate_device_orders & orders, cudaStream_t on);
     void           fail(ggml_tensor * dst);
     const void *   on_device(const void * p) const;
     int64_t        expert_bytes_of(size_t layer) const;
 
     // Of a layer, for the record.
     size_t n_foretold() const { return config_.horizons.empty() ? 0 : FATE_LOOKAHEAD_LAYERS * FATE_LOOKAHEAD_MOST; }
+
+    int newest_open() const { return static_cast<int>((n_opened_ - 1) % 2); }
 
     size_t n_all() const { return 1 + static_cast<size_t>(config_.layers.back().index); } // layers that scores are told of
 
@@ -117,9 +120,10 @@ private:
     device_array<int64_t>         times_;
     pinned_buffer                 home_[2];
     fate_cuda_event               is_home_[2];
-    pinned_buffer                 scores_[2];
-    fate_cuda_event               is_published_[2];
-    int64_t                       n_published_ = 0;
+    pinned_buffer                 orders_[2];    // scores, bonus, chances
+    fate_cuda_event               is_open_[2];   // what the buffer's kernel does is done
+    int64_t                       n_opened_ = 0;
+    int                           begun_    = 0; // the one of is_open_ that the step began with
 
     std::unique_ptr<fate_cuda_bulk>     bulk_;
     std::unique_ptr<fate_cuda_prefetch> prefetch_; // null: none
@@ -304,7 +308,8 @@ void fate_cuda_device::bind(const fate_device_config & config) {
     for (int i = 0; i < 2; ++i) {
         home_[i].allocate(p.size);
         is_home_[i].create();
-        is_published_[i].create();
+        orders_[i].allocate(n_all() * (2 * config.stride + 1) * sizeof(float));
+        is_open_[i].create();
     }
 }
 
@@ -336,7 +341,7 @@ void fate_cuda_device::reset() {
     }
 }
 
-std::string fate_cuda_device::begin(int32_t n_tokens, bool first_is_bulk, bool is_told) {
+std::string fate_cuda_device::begin(int32_t n_tokens, bool first_is_bulk, bool is_told, const fate_device_orders & orders) {
     n_tokens_ = n_tokens;
     if (callback_) {
         callback_->wake();
@@ -344,17 +349,21 @@ std::string fate_cuda_device::begin(int32_t n_tokens, bool first_is_bulk, bool i
     if (ring_) {
         ring_->wake();
     }
-    if (!stream_) { // nothing has run
-        return "";
-    }
     try {
         const device_scope scope(ordinal_);
-        if (config_.wants_steps) { // layers that the step leaves out say so
-            FATE_CUDA(cudaMemsetAsync(back_.data + parts_of(0).steps, 0, layers_.size() * sizeof(fate_cuda_step), stream_));
+        fate_cuda_opening  opening = {};
+        opening.begins             = true;
+        opening.publishes          = orders.scores != nullptr;
+        if (!stream_) { // nothing has run
+            if (opening.publishes) {
+                open(opening, { orders.scores, orders.bonus, nullptr }, nullptr);
+            }
+            return "";
         }
+        fate_device_orders now = orders;
         if (prefetch_) {
             note_prefetches();
-            prefetch_->begin(device_layers_.data, is_told, seen_, stream_);
+            opening.looks = prefetch_->begin(is_told, seen_, stream_);
         }
         if (n_foretold() > 0 && config_.wants_steps) { // behind what told of the step before
             const parts p = parts_of(0);
@@ -364,10 +373,49 @@ std::string fate_cuda_device::begin(int32_t n_tokens, bool first_is_bulk, bool i
         if (times_.data) {
             FATE_CUDA(cudaMemsetAsync(times_.data, 0, layers_.size() * FATE_N_TIMES * sizeof(int64_t), stream_));
         }
+        now.chance = prefetch_ && prefetch_->runs() ? now.chance : nullptr;
+        if (prefetch_ || opening.publishes) {
+            open(opening, now, stream_);
+            begun_ = newest_open();
+            if (now.chance) {
+                prefetch_->fetch(device_layers_.data, stream_, is_open_[begun_].handle);
+            }
+        } else if (config_.wants_steps) { // layers that the step leaves out say so
+            FATE_CUDA(cudaMemsetAsync(back_.data + parts_of(0).steps, 0, layers_.size() * sizeof(fate_cuda_step), stream_));
+        }
         bulk_->begin(first_is_bulk, stream_);
         return "";
     } catch (const fate_error & e) {
         return e.what();
+    }
+}
+
+// Does before the step, or beside it, what the orders say.
+void fate_cuda_device::open(fate_cuda_opening opening, const fate_device_orders & orders, cudaStream_t on) {
+    const int    which  = static_cast<int>(n_opened_++ % 2);
+    const size_t n_all  = this->n_all();
+    const size_t n_rows = n_all * config_.stride;
+    if (n_opened_ > 2) {
+        FATE_CUDA(cudaEventSynchronize(is_open_[which].handle)); // long done: two ago
+    }
+    float *    home = reinterpret_cast<float *>(orders_[which].data);
+    const auto put  = [&](const float * from, size_t n) {
+        const float * to = from ? home : nullptr;
+        home             = from ? std::copy_n(from, n, home) : home;
+        return to;
+    };
+    opening.scores    = put(orders.scores, n_rows);
+    opening.bonus     = put(orders.bonus, n_all);
+    opening.chances   = put(orders.chance, n_rows);
+    opening.stride    = config_.stride;
+    opening.threshold = config_.prefetch_threshold;
+    opening.wanted    = config_.prefetch_experts;
+    fate_cuda_launch(fate_open, static_cast<int>(layers_.size()), FATE_BESIDE_THREADS,
+                     orders.chance ? fate_tables_bytes(static_cast<int32_t>(max_experts_)) : 0, on, chains_, device_layers_.data,
+                     index_.data, opening);
+    FATE_CUDA(cudaEventRecord(is_open_[which].handle, on));
+    if (!on) {
+        FATE_CUDA(cudaDeviceSynchronize());
     }
 }
 
@@ -399,14 +447,12 @@ void fate_cuda_device::enqueue(uint8_t path, const fate_cuda_layer & layer, cons
     }
     bulk_->join(stream_);
     if (ring_) {
-        fate_stage_absent<<<FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, 0, stream_>>>(layer, call);
-        FATE_CUDA(cudaGetLastError());
+        fate_cuda_launch(fate_stage_absent, FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, 0, stream_, chains_, layer, call);
     }
-    fate_stage<<<n_blocks_, FATE_CUDA_THREADS, 0, stream_>>>(ring_ ? fate_staged_from_ring(layer) : layer, call);
-    FATE_CUDA(cudaGetLastError());
+    fate_cuda_launch(fate_stage, n_blocks_, FATE_CUDA_THREADS, 0, stream_, chains_, ring_ ? fate_staged_from_ring(layer) : layer, call);
     // from staging while it holds them
     fate_cuda_launch(callback_ ? fate_bring<true, true> : fate_bring<true>, n_blocks_, FATE_CUDA_THREADS, fate_bring_bytes(layer.n_experts),
-                     stream_, /*chained =*/false, layer, fate_seeds_of(layer, call));
+                     stream_, chains_, layer, fate_seeds_of(layer, call));
 }
 
 fate_cuda_call fate_cuda_device::call_of(size_t layer, const ggml_tensor * dst) {
@@ -553,33 +599,15 @@ void fate_cuda_device::collect(int which, fate_record & record) {
     }
 }
 
-void fate_cuda_device::publish(const float * scores, int32_t stride, const float * bonus, bool behind) {
+void fate_cuda_device::publish(const float * scores, const float * bonus, bool behind) {
     const device_scope scope(ordinal_);
     if (prefetch_ && !behind) { // who plans beside the step before reads scores
         prefetch_->join(stream_);
     }
-    const int     which   = static_cast<int>(n_published_++ % 2);
-    const float * on_host = nullptr;
-    const size_t  n_all   = this->n_all();
-    if (scores) {
-        const size_t bytes = n_all * (stride + 1) * sizeof(float);
-        if (!scores_[which].data) {
-            scores_[which].allocate(bytes);
-        }
-        if (n_published_ > 2) {
-            FATE_CUDA(cudaEventSynchronize(is_published_[which].handle)); // long done: two publications ago
-        }
-        memcpy(scores_[which].data, scores, n_all * stride * sizeof(float));
-        memcpy(scores_[which].data + n_all * stride * sizeof(float), bonus, n_all * sizeof(float));
-        on_host = reinterpret_cast<const float *>(scores_[which].data);
-    }
-    fate_publish<<<static_cast<unsigned>(layers_.size()), 256, 0, stream_>>>(device_layers_.data, index_.data, on_host, stride,
-                                                                             on_host ? on_host + n_all * stride : nullptr, behind);
-    FATE_CUDA(cudaGetLastError());
-    FATE_CUDA(cudaEventRecord(is_published_[which].handle, stream_));
-    if (!stream_) {
-        FATE_CUDA(cudaDeviceSynchronize());
-    }
+    fate_cuda_opening opening = {};
+    opening.publishes         = true;
+    opening.behind            = behind;
+    open(opening, { scores, bonus, nullptr }, stream_);
 }
 
 void fate_cuda_device::foretell(const fate_predictions & predictions, const fate_router & router) {
@@ -589,13 +617,15 @@ void fate_cuda_device::foretell(const fate_predictions & predictions, const fate
     }
 }
 
-std::string fate_cuda_device::prefetch(const float * chance, int32_t stride) {
-    if (!prefetch_ || !stream_) { // or nothing has run: begin() settled nothing
+std::string fate_cuda_device::prefetch(const float * chance) {
+    if (!prefetch_ || !stream_ || !prefetch_->runs()) { // or nothing has run: begin() settled nothing
         return "";
     }
     try {
         const device_scope scope(ordinal_);
-        prefetch_->launch(device_layers_.data, index_.data, chance, n_all(), stride, stream_);
+        const cudaStream_t on = prefetch_->beside(stream_, is_open_[begun_].handle);
+        open({}, { nullptr, nullptr, chance }, on);
+        prefetch_->fetch(device_layers_.data, stream_, is_open_[newest_open()].handle);
         return "";
     } catch (const fate_error & e) {
         return e.what();

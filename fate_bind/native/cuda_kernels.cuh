@@ -47,10 +47,10 @@ static __device__ int fate_first_seed_row(const fate_cuda_layer & layer, int32_t
     return __syncthreads_count(is_pair && tid % layer.k == 0 && is_too_many);
 }
 
-// Thread pair of block 0, when every expert that the op needs has a slot. n_waiting: of the layer's experts that were prefetched and not used yet. n_entered: how
-// many came in for the op, and how many went for them.
+// Thread pair of block 0, when every expert that the op needs has a slot. may_wait: the expert was prefetched before, and may not have been used yet. n_entered:
+// how many came in for the op, and how many went for them.
 static __device__ __forceinline__ void fate_hit(const fate_cuda_layer & layer, const fate_cuda_call & call, int pair, int64_t clock,
-                                                int32_t expert, int32_t slot, int32_t n_waiting, int2 n_entered) {
+                                                int32_t expert, int32_t slot, bool may_wait, int2 n_entered) {
     const int n_pairs = call.n_rows * layer.k;
     if (pair < n_pairs) {
         const int row                  = pair / layer.k;
@@ -58,7 +58,7 @@ static __device__ __forceinline__ void fate_hit(const fate_cuda_layer & layer, c
         call.out[row * layer.k + rank] = slot;
         fate_max(&layer.last_use[expert], clock + pair + 1);
         fate_note(layer, call, row, rank, expert, true);
-        if (n_waiting > 0 && fate_end_waiting(layer, expert)) {
+        if (may_wait && fate_end_waiting(layer, expert)) {
             fate_add(&layer.counters[FATE_COUNTER_PREFETCH_USEFUL], 1);
         }
     }
@@ -94,8 +94,12 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
     __shared__ unsigned        s_arrived;
     __shared__ fate_cuda_ahead s_ahead;
 
-    // the tables were last changed before this step's graph: they are read before what runs before has ended
-    fate_pdl_launch_next();
+    // on the pool path the tables were last changed before this step's graph: they are read before what runs before has ended
+    if constexpr (SEED) {
+        fate_pdl_wait();
+    } else {
+        fate_pdl_launch_next();
+    }
     const int     tid       = threadIdx.x;
     const bool    is_expert = tid < layer.n_experts;
     const int64_t clock     = layer.head->clock;
@@ -104,9 +108,7 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
     const int     row       = tid / layer.k;
     const int     rank      = layer.k - 1 - tid % layer.k; // uses are ordered by row, then from the worst rank
     int32_t       n_ahead   = 0;
-    int32_t       n_waiting = 0;
     if constexpr (AHEAD) {
-        n_waiting = layer.plan->n_waiting;
         if (tid == 0) {
             s_ahead.n = fate_close(*layer.plan);
         }
@@ -116,6 +118,8 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
         s_first[tid]   = INT_MAX;
         if constexpr (SEED) {
             s_missing[tid] = -1;
+        } else if constexpr (AHEAD) {
+            s_missing[tid] = layer.waiting[tid]; // until it is known who is missing
         }
     }
     __syncthreads();
@@ -139,12 +143,13 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
         const int32_t at   = s_slot_of[id];
         if (!__any_sync(0xffffffff, lane < n_pairs && at < 0)) {
             if (blockIdx.x == 0 && tid < 32) {
-                fate_hit(layer, call, tid, clock, id, at, n_waiting, { 0, 0 });
+                fate_hit(layer, call, tid, clock, id, at, AHEAD && s_missing[id], { 0, 0 });
             }
             return;
         }
     }
-    const int32_t expert = is_pair ? fate_id(call, row, rank) : 0;
+    const int32_t expert   = is_pair ? fate_id(call, row, rank) : 0;
+    const bool    may_wait = AHEAD && is_pair && s_missing[expert];
     if constexpr (SEED) {
         const int first = fate_first_seed_row(layer, expert, is_pair, s_missing, s_scratch);
         is_pair         = is_pair && row >= first;
@@ -166,7 +171,7 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
                 n_entered = fate_enter(layer, s_ahead);
                 __syncthreads();
             }
-            fate_hit(layer, call, tid, clock, expert, slot, n_waiting, n_entered);
+            fate_hit(layer, call, tid, clock, expert, slot, may_wait, n_entered);
         }
         return;
     }
@@ -321,7 +326,7 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_bring(const __g
             call.out[row * layer.k + rank] = s_slot_of[expert];
             fate_max(&layer.last_use[expert], clock + tid + 1);
             fate_note(layer, call, row, rank, expert, is_hit);
-            if (n_waiting > 0 && is_hit && fate_end_waiting(layer, expert)) {
+            if (may_wait && is_hit && fate_end_waiting(layer, expert)) {
                 fate_add(&layer.counters[FATE_COUNTER_PREFETCH_USEFUL], 1);
             }
         }
@@ -368,6 +373,7 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_stage(const __g
     __shared__ int32_t s_slot_of[FATE_CUDA_MAX_EXPERTS];
     __shared__ int     s_scratch[33];
 
+    fate_pdl_wait();
     const int tid = threadIdx.x;
     if (tid < layer.n_experts) {
         s_touched[tid] = 0;
@@ -406,20 +412,58 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_stage(const __g
 }
 
 //
-// scores
+// before a step
 //
 
-// One block a layer. scores[n_layers][stride] and bonus[n_layers] in mapped host memory, by index; scores null: zeros. behind: the uses of the step at hand
-// have the bonus.
-static __global__ void fate_publish(const fate_cuda_layer * layers, const int32_t * index, const float * scores, int32_t stride,
-                                    const float * bonus, bool behind) {
+// What is done before a step, or beside it; arrays in mapped host memory, rows by index.
+struct fate_cuda_opening {
+    bool          begins;    // the step: what prefetch left of the one before is settled
+    bool          looks;     // layers tell of others in it
+    bool          publishes; // scores[..][stride] and bonus[..]; null: zeros
+    bool          behind;    // the uses of the step at hand have the bonus
+    const float * scores;
+    const float * bonus;
+    const float * chances; // [..][stride], null: nothing is planned
+    int32_t       stride;
+    float         threshold;
+    int32_t       wanted;
+};
+
+static_assert(FATE_CUDA_MAX_EXPERTS * (sizeof(fate_rank) + 4 * sizeof(int32_t) + 2) + 2048 <= 48 * 1024, "what any launch may have");
+
+// One block a layer; shared memory for fate_tables_bytes() where chances are given.
+static __global__ void __launch_bounds__(FATE_BESIDE_THREADS) fate_open(const fate_cuda_layer * layers, const int32_t * index,
+                                                                        const __grid_constant__ fate_cuda_opening opening) {
+    extern __shared__ int64_t     s_tables[];
+    __shared__ fate_cuda_planning s;
+    fate_pdl_wait();
     const fate_cuda_layer & layer = layers[blockIdx.x];
-    const int64_t           row   = index[blockIdx.x];
-    for (int e = threadIdx.x; e < layer.n_experts; e += blockDim.x) {
-        layer.score[e] = scores ? scores[row * stride + e] : 0.0f;
+    const int64_t           row   = static_cast<int64_t>(index[blockIdx.x]) * opening.stride;
+    if (opening.begins && threadIdx.x == 0) {
+        if (layer.plan) {
+            fate_settle(layer, opening.looks);
+        }
+        if (layer.step) { // layers that the step leaves out say so
+            *layer.step = {};
+        }
     }
-    if (threadIdx.x == 0) {
-        layer.head->bonus        = scores ? bonus[row] : 0.0f;
-        layer.head->published_at = layer.head->clock - (behind ? layer.step->n_rows * layer.k : 0);
+    for (int32_t e = threadIdx.x; opening.publishes && e < layer.n_experts; e += blockDim.x) {
+        layer.score[e] = opening.scores ? opening.scores[row + e] : 0.0f;
     }
+    if (opening.publishes && threadIdx.x == 0) {
+        layer.head->bonus        = opening.scores ? opening.bonus[index[blockIdx.x]] : 0.0f;
+        layer.head->published_at = layer.head->clock - (opening.behind ? layer.step->n_rows * layer.k : 0);
+    }
+    if (!opening.chances) {
+        return;
+    }
+    const fate_cuda_tables t = fate_tables_in(s_tables, layer.n_experts);
+    // from the host before the gate is held, for which the layer's op would wait
+    for (int32_t e = threadIdx.x; e < layer.n_experts; e += blockDim.x) {
+        t.chance[e] = opening.chances[row + e];
+    }
+    __syncthreads(); // the tables are what they are made here
+    fate_read_tables(layer, t);
+    __syncthreads();
+    fate_plan_layer(layer, 0, opening.threshold, opening.wanted, s, t);
 }

@@ -25,7 +25,6 @@ struct fate_cuda_plan {
     uint32_t      state;
     int32_t       is_taken;                   // the tables have it
     uint32_t      quiet;                      // fate_quiet, of the op's first block: nothing is to be copied or waited for
-    int32_t       n_waiting;                  // prefetched and not used yet
     fate_prefetch entries[FATE_PREFETCH_MAX];
     uint32_t      claimed[FATE_PREFETCH_MAX]; // pieces, or FATE_CANCELLED
     uint32_t      done[FATE_PREFETCH_MAX];

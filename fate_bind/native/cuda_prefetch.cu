@@ -21,14 +21,10 @@ fate_cuda_prefetch::fate_cuda_prefetch(int ordinal, const fate_device_config & c
     plans_.allocate(n_layers_ * sizeof(fate_cuda_plan));
     waiting_.allocate(n_layers_ * max_experts);
     words_.allocate(2);
-    for (int i = 0; i < 2; ++i) {
-        is_planned_[i].create();
-        ended_[i].create();
-    }
-    for (fate_cuda_event * event : { &settled_, &shown_, &told_ }) {
+    for (fate_cuda_event * event : { &ended_[0], &ended_[1], &shown_, &told_ }) {
         event->create();
     }
-    allow(reinterpret_cast<const void *>(fate_plan), n_tables_);
+    chains_ = fate_cuda_chains(ordinal, reinterpret_cast<const void *>(fate_fetch));
     see(config.layers);
     worth_           = fate_worth(ns_per_expert(config), n_views_ > 0 ? FATE_WORTH_LOOK : FATE_WORTH_PLAN);
     int n_processors = 0;
@@ -203,29 +199,29 @@ void fate_cuda_prefetch::bind(fate_cuda_layer & layer, size_t at) const {
 void fate_cuda_prefetch::reset(cudaStream_t stream) {
     FATE_CUDA(cudaStreamSynchronize(side_));
     FATE_CUDA(cudaStreamSynchronize(looker_));
-    is_busy_ = false;
+    is_busy_[0] = is_busy_[1] = false;
     worth_.reset();
     FATE_CUDA(cudaMemsetAsync(plans_.data, 0, n_layers_ * sizeof(fate_cuda_plan), stream));
     FATE_CUDA(cudaMemsetAsync(waiting_.data, 0, n_layers_ * max_experts_ * sizeof(int32_t), stream));
     FATE_CUDA(cudaMemsetAsync(words_.data, 0, 2 * sizeof(uint32_t), stream));
 }
 
-void fate_cuda_prefetch::begin(const fate_cuda_layer * layers, bool is_told, const fate_worth_seen & seen, cudaStream_t stream) {
+bool fate_cuda_prefetch::begin(bool is_told, const fate_worth_seen & seen, cudaStream_t stream) {
     join(stream);
     const int64_t now = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
     rests_            = !waits_ && !worth_.begin(is_told, seen, now);
     looks_            = is_told && n_views_ > 0 && !rests_;
-    fate_settle<<<static_cast<unsigned>((n_layers_ + 31) / 32), 32, 0, stream>>>(layers, static_cast<int32_t>(n_layers_), looks_);
-    FATE_CUDA(cudaGetLastError());
-    FATE_CUDA(cudaEventRecord(settled_.handle, stream));
+    return looks_;
 }
 
 void fate_cuda_prefetch::join(cudaStream_t stream) {
-    for (int i = 0; is_busy_ && i < 2; ++i) {
-        FATE_CUDA(cudaEventRecord(ended_[i].handle, i == 0 ? side_ : looker_));
-        FATE_CUDA(cudaStreamWaitEvent(stream, ended_[i].handle, 0));
+    for (int i = 0; i < 2; ++i) {
+        if (is_busy_[i]) {
+            FATE_CUDA(cudaEventRecord(ended_[i].handle, i == 0 ? side_ : looker_));
+            FATE_CUDA(cudaStreamWaitEvent(stream, ended_[i].handle, 0));
+        }
+        is_busy_[i] = false;
     }
-    is_busy_ = false;
 }
 
 void fate_cuda_prefetch::look_on(const fate_cuda_layer * layers, size_t from, bool chained, cudaStream_t stream) {
@@ -234,8 +230,8 @@ void fate_cuda_prefetch::look_on(const fate_cuda_layer * layers, size_t from, bo
     }
     const int32_t at   = static_cast<int32_t>(from);
     const auto    look = [&](cudaStream_t on) {
-        fate_look_on<<<n_chunks_[from], FATE_LOOK_THREADS, n_look_, on>>>(layers, at, threshold_, wanted_);
-        FATE_CUDA(cudaGetLastError());
+        fate_cuda_launch(fate_look_on, static_cast<int>(n_chunks_[from]), FATE_LOOK_THREADS, n_look_, on, chains_ && !waits_, layers, at,
+                         threshold_, wanted_);
     };
     if (waits_) {
         look(stream);
@@ -251,14 +247,13 @@ void fate_cuda_prefetch::look_on(const fate_cuda_layer * layers, size_t from, bo
     if (!looks_) {
         return;
     }
-    is_busy_ = true; // before anything that can fail half-way
+    is_busy_[0] = is_busy_[1] = true; // before anything that can fail half-way
     FATE_CUDA(cudaEventRecord(shown_.handle, stream));
     FATE_CUDA(cudaStreamWaitEvent(looker_, shown_.handle, 0));
     look(looker_);
     FATE_CUDA(cudaEventRecord(told_.handle, looker_));
     FATE_CUDA(cudaStreamWaitEvent(side_, told_.handle, 0));
-    fate_fetch<<<n_blocks_, FATE_BESIDE_THREADS, 0, side_>>>(layers, static_cast<int32_t>(n_layers_), at);
-    FATE_CUDA(cudaGetLastError());
+    fetch_on(layers, at, side_);
 }
 
 // The step's own kernels go on beside what is added here: a graph has no end before all of its nodes have. Not so under HIP, which wants every branch joined by a
@@ -279,29 +274,21 @@ void fate_cuda_prefetch::branch([[maybe_unused]] const fate_cuda_layer * layers,
 #endif
 }
 
-void fate_cuda_prefetch::launch(const fate_cuda_layer * layers, const int32_t * index, const float * chance, size_t n_all, int32_t stride,
-                                cudaStream_t stream) {
-    if (rests_) {
-        return;
+cudaStream_t fate_cuda_prefetch::beside(cudaStream_t stream, cudaEvent_t begun) {
+    if (waits_) {
+        return stream;
     }
-    const int    which = static_cast<int>(n_launched_++ % 2);
-    const size_t bytes = n_all * stride * sizeof(float);
-    if (!chances_[which].data) {
-        chances_[which].allocate(bytes);
-    }
-    if (n_launched_ > 2) {
-        FATE_CUDA(cudaEventSynchronize(is_planned_[which].handle)); // long done: two launches ago
-    }
-    memcpy(chances_[which].data, chance, bytes);
-    is_busy_              = is_busy_ || !waits_; // before anything that can fail half-way
-    const cudaStream_t on = waits_ ? stream : side_;
-    if (!waits_) {
-        FATE_CUDA(cudaStreamWaitEvent(on, settled_.handle, 0));
-    }
-    fate_plan<<<static_cast<unsigned>(n_layers_), FATE_BESIDE_THREADS, n_tables_, on>>>(
-        layers, index, reinterpret_cast<float *>(chances_[which].data), stride, threshold_, wanted_);
-    FATE_CUDA(cudaGetLastError());
-    FATE_CUDA(cudaEventRecord(is_planned_[which].handle, on));
-    fate_fetch<<<n_blocks_, FATE_BESIDE_THREADS, 0, on>>>(layers, static_cast<int32_t>(n_layers_), -1);
-    FATE_CUDA(cudaGetLastError());
+    is_busy_[0] = true;
+    FATE_CUDA(cudaStreamWaitEvent(side_, begun, 0));
+    return side_;
+}
+
+void fate_cuda_prefetch::fetch(const fate_cuda_layer * layers, cudaStream_t stream, cudaEvent_t planned) {
+    fetch_on(layers, -1, beside(stream, planned));
+}
+
+// from: the layer that is telling of others, -1: none.
+void fate_cuda_prefetch::fetch_on(const fate_cuda_layer * layers, int32_t from, cudaStream_t on) {
+    fate_cuda_launch(fate_fetch, static_cast<int>(n_blocks_), FATE_BESIDE_THREADS, 0, on, chains_, layers, static_cast<int32_t>(n_layers_),
+                     from);
 }

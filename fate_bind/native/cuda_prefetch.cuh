@@ -153,34 +153,12 @@ static __device__ void fate_copy_unclaimed(const fate_cuda_layer & layer, const 
 
 // A use of an expert that was prefetched, or its end: whether it was still waiting for it.
 static __device__ __forceinline__ bool fate_end_waiting(const fate_cuda_layer & layer, int32_t expert) {
-    if (atomicExch(&layer.waiting[expert], 0) == 0) {
-        return false;
-    }
-    atomicSub(&layer.plan->n_waiting, 1);
-    return true;
+    return atomicExch(&layer.waiting[expert], 0) != 0;
 }
 
 //
 // beside the step
 //
-
-// One block a layer. chances[..][stride] in mapped host memory, by index.
-static __global__ void __launch_bounds__(FATE_BESIDE_THREADS) fate_plan(const fate_cuda_layer * layers, const int32_t * index,
-                                                                        const float * chances, int32_t stride, float threshold,
-                                                                        int32_t wanted) {
-    extern __shared__ int64_t     s_tables[];
-    __shared__ fate_cuda_planning s;
-    const fate_cuda_layer &       layer = layers[blockIdx.x];
-    const fate_cuda_tables        t     = fate_tables_in(s_tables, layer.n_experts);
-    const float *                 row   = chances + static_cast<int64_t>(index[blockIdx.x]) * stride;
-    // from the host before the gate is held, for which the layer's op would wait
-    for (int32_t e = threadIdx.x; e < layer.n_experts; e += blockDim.x) {
-        t.chance[e] = row[e];
-    }
-    fate_read_tables(layer, t);
-    __syncthreads();
-    fate_plan_layer(layer, 0, threshold, wanted, s, t);
-}
 
 // What a block that copies finds to do; shared memory.
 struct fate_cuda_chores {
@@ -224,9 +202,12 @@ static __global__ void __launch_bounds__(FATE_BESIDE_THREADS) fate_fetch(const f
     __shared__ fate_cuda_chores s_found;
     __shared__ uint32_t         s_scratch;
     __shared__ fate_prefetch    s_entry;
-    fate_cuda_sight *           sight   = from < 0 ? nullptr : layers[from].sight;
-    uint32_t *                  is_left = sight ? &sight->is_left : nullptr;
-    uint32_t                    n_views = 0;
+    if (from < 0) { // behind whoever planned
+        fate_pdl_wait();
+    }
+    fate_cuda_sight * sight   = from < 0 ? nullptr : layers[from].sight;
+    uint32_t *        is_left = sight ? &sight->is_left : nullptr;
+    uint32_t          n_views = 0;
     if (sight && !sight->is_wanted) { // in this step nothing is told
         return;
     }
@@ -274,16 +255,11 @@ static __global__ void __launch_bounds__(FATE_BESIDE_THREADS) fate_fetch(const f
     }
 }
 
-// Between steps, one thread a layer: what no op took over enters the tables if it was begun; gates open. looks: the step to come is of one token whose output is
-// wanted.
-static __global__ void fate_settle(const fate_cuda_layer * layers, int32_t n_layers, bool looks) {
-    const int32_t i = static_cast<int32_t>(blockIdx.x * blockDim.x + threadIdx.x);
-    if (i >= n_layers) {
-        return;
-    }
-    const fate_cuda_layer & layer = layers[i];
-    fate_cuda_plan &        plan  = *layer.plan;
-    const int32_t           n     = plan.is_taken ? 0 : fate_n_entries(plan.state);
+// Between steps, one thread: what no op of the layer took over enters its tables if it was begun; its gate opens. looks: the step to come is of one token whose
+// output is wanted.
+static __device__ void fate_settle(const fate_cuda_layer & layer, bool looks) {
+    fate_cuda_plan & plan = *layer.plan;
+    const int32_t    n    = plan.is_taken ? 0 : fate_n_entries(plan.state);
     for (int32_t at = 0; at < n; ++at) {
         if (plan.claimed[at] == 0 || plan.claimed[at] >= FATE_CANCELLED) {
             continue;
@@ -297,7 +273,6 @@ static __global__ void fate_settle(const fate_cuda_layer * layers, int32_t n_lay
         layer.slot_of[entry.expert] = entry.slot;
         layer.expert_of[entry.slot] = entry.expert;
         layer.waiting[entry.expert] = 1;
-        atomicAdd(&plan.n_waiting, 1);
         fate_add(&layer.counters[FATE_COUNTER_FILLS], 1);
         fate_add(&layer.counters[FATE_COUNTER_PREFETCHES], 1);
     }
@@ -489,7 +464,6 @@ static __device__ int2 fate_enter(const fate_cuda_layer & layer, const fate_cuda
         }
         if (!ahead.is_needed[at]) {
             layer.waiting[entry.expert] = 1;
-            atomicAdd(&plan.n_waiting, 1);
         } else {
             fate_add(&layer.counters[ahead.is_late[at] ? FATE_COUNTER_PREFETCH_LATE : FATE_COUNTER_PREFETCH_USEFUL], 1);
             if (ahead.is_late[at]) { // of those useful the host reckons it

@@ -1,5 +1,5 @@
-// The host's side of prefetch: hands chances over, launches what plans and copies beside the running step or adds it to the step's graph, and has
-// all of it end before the next.
+// The host's side of prefetch: launches what looks and copies beside the running step or adds it to the step's graph, and has all of it end before the
+// next.
 #pragma once
 
 #include "cuda_bulk.h"
@@ -24,20 +24,25 @@ public:
     void foretell(const fate_predictions & predictions, const int64_t * end);
 
     void reset(cudaStream_t stream);
-    // A step is about to be enqueued, outside of a capture: what the one before left is settled. is_told: of one token whose output is wanted. seen: as far as known.
-    void begin(const fate_cuda_layer * layers, bool is_told, const fate_worth_seen & seen, cudaStream_t stream);
+    // A step is about to be enqueued, outside of a capture; what it begins with comes behind all that is beside the one before. is_told: of one token whose
+    // output is wanted. seen: as far as known. Whether layers tell of others in it.
+    bool begin(bool is_told, const fate_worth_seen & seen, cudaStream_t stream);
+    // Whether experts are brought in for the step begun last.
+    bool runs() const { return !rests_; }
     // Behind the op of a layer that sees others, launched into the chain or not: looks, and copies what comes of it. May be captured.
     void look_on(const fate_cuda_layer * layers, size_t from, bool chained, cudaStream_t stream);
     // What the stream does next comes behind all that is beside the step.
     void join(cudaStream_t stream);
-    // chance[n_all][stride], by index, for the step begun last, enqueued or not.
-    void launch(const fate_cuda_layer * layers, const int32_t * index, const float * chance, size_t n_all, int32_t stride,
-                cudaStream_t stream);
+    // The stream on which plans are made for the step begun last once it is enqueued, behind `begun`; `stream` itself where steps wait.
+    cudaStream_t beside(cudaStream_t stream, cudaEvent_t begun);
+    // Copies what is planned, behind `planned`, on such a stream.
+    void fetch(const fate_cuda_layer * layers, cudaStream_t stream, cudaEvent_t planned);
 
 private:
     double ns_per_expert(const fate_device_config & config);
     void   see(const std::vector<fate_device_layer> & layers);
     void   allow(const void * kernel, size_t n_bytes);
+    void   fetch_on(const fate_cuda_layer * layers, int32_t from, cudaStream_t on);
     void   branch(const fate_cuda_layer * layers, size_t from, cudaGraph_t graph, unsigned long long capture, const cudaGraphNode_t * after,
                   size_t n_after, bool chained);
 
@@ -62,22 +67,19 @@ private:
     size_t                       n_look_   = 0; // bytes of shared memory of whoever looks
     device_array<int32_t>        foretold_;
     device_array<float>          foretold_chances_;
-    device_array<int32_t>        waiting_;       // [layer][max_experts]
-    device_array<uint32_t>       words_;         // n_demands, n_posts
-    pinned_buffer                chances_[2];
-    fate_cuda_event              is_planned_[2]; // the buffer is free again
-    int64_t                      n_launched_ = 0;
-    fate_cuda_event              settled_;
+    device_array<int32_t>        waiting_; // [layer][max_experts]
+    device_array<uint32_t>       words_;   // n_demands, n_posts
     fate_cuda_event              shown_;
     fate_cuda_event              told_;
     fate_cuda_event              ended_[2];
     fate_worth                   worth_;
-    bool                         rests_    = false;   // prefetch does, in the step at hand
-    bool                         looks_    = false;   // in the step at hand
-    bool                         is_busy_  = false;   // the streams have something of it
-    unsigned                     n_blocks_ = 0;       // that copy
-    unsigned long long           capture_  = 0;       // that fetch_ is of, 0: none
-    cudaGraphNode_t              fetch_    = nullptr; // its last that copies
-    cudaStream_t                 side_     = nullptr; // copies
-    cudaStream_t                 looker_   = nullptr;
+    bool                         rests_      = false;            // prefetch does, in the step at hand
+    bool                         looks_      = false;            // in the step at hand
+    bool                         chains_     = false;            // programmatic dependent launch
+    bool                         is_busy_[2] = { false, false }; // side_, looker_: have something of it
+    unsigned                     n_blocks_   = 0;                // that copy
+    unsigned long long           capture_    = 0;                // that fetch_ is of, 0: none
+    cudaGraphNode_t              fetch_      = nullptr;          // its last that copies
+    cudaStream_t                 side_       = nullptr;          // copies
+    cudaStream_t                 looker_     = nullptr;
 };

@@ -112,7 +112,8 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_stage_absent(co
     __shared__ uint8_t s_touched[FATE_CUDA_MAX_EXPERTS];
     __shared__ int32_t s_absent[FATE_CUDA_MAX_EXPERTS];
     __shared__ int     s_scratch[33];
-    const int          tid = threadIdx.x;
+    fate_pdl_wait();
+    const int tid = threadIdx.x;
     if (tid < layer.n_experts) {
         s_touched[tid] = 0;
     }

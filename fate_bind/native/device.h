@@ -62,6 +62,13 @@ struct fate_host_range {
     size_t       size;
 };
 
+// What a step begins with; rows of config.stride numbers, by index among all layers; null: nothing of the kind.
+struct fate_device_orders {
+    const float * scores = nullptr; // published, of a policy that has seen all steps before
+    const float * bonus  = nullptr; // [n_layers], with scores
+    const float * chance = nullptr; // as prefetch() takes it
+};
+
 class fate_device {
 public:
     virtual ~fate_device() = default;
@@ -71,9 +78,9 @@ public:
 
     // What failed, "" if nothing.
     // first_is_bulk: the first layer's op will be split. is_told: the step is of one token whose output is wanted, so that experts may be brought in for it.
-    virtual std::string begin(int32_t n_tokens, bool first_is_bulk, bool is_told)     = 0;
+    virtual std::string begin(int32_t n_tokens, bool first_is_bulk, bool is_told, const fate_device_orders & orders) = 0;
     // The launcher of a layer's op. src[0]: ids, src[2]: router weights or null, src[3]: what the router read or null. Throws fate_error.
-    virtual void launch(size_t layer, uint8_t path, ggml_tensor * dst, void * stream) = 0;
+    virtual void launch(size_t layer, uint8_t path, ggml_tensor * dst, void * stream)                                = 0;
 
     // Whether a staged op of so many rows is better split into an op for the ids and one for each large tensor, which are never captured: the copy engine
     // then brings what the slots lack of a layer while the layer before computes.
@@ -86,12 +93,12 @@ public:
     // Waits for that step and adds its rows, pool path first, to the record.
     virtual void collect(int which, fate_record & record)                                   = 0;
 
-    // Acts behind what is enqueued. scores[n_layers][stride], by index among all layers; null: zeros. behind: as in fate_layer.
-    virtual void publish(const float * scores, int32_t stride, const float * bonus, bool behind) = 0;
+    // Acts behind what is enqueued. scores[n_layers][config.stride], by index among all layers; null: zeros. behind: as in fate_layer.
+    virtual void publish(const float * scores, const float * bonus, bool behind) = 0;
 
-    // Brings in what chance[n_layers][stride] makes likely for the step of one token begun last: before its layers run where steps wait, else as far as the
-    // copies come before them. By index among all layers. What failed, "" if nothing.
-    virtual std::string prefetch(const float * chance, int32_t stride) = 0;
+    // Brings in what chance[n_layers][config.stride] makes likely for the step of one token begun last: before its layers run where steps wait, else as far as
+    // the copies come before them. By index among all layers. What failed, "" if nothing.
+    virtual std::string prefetch(const float * chance) = 0;
 
     // In place of what routers say of later layers; router: that replays the routing of these layers.
     virtual void foretell(const fate_predictions & predictions, const fate_router & router) = 0;
@@ -120,6 +127,7 @@ struct fate_device_config {
     std::vector<fate_host_range>   ranges;                     // to page-lock
     bool                           page_lock;                  // false: ranges stay as they are
     int32_t                        max_tokens;                 // of a step
+    int32_t                        stride;                     // numbers a row of scores and chances has
     bool                           wants_steps;                // records are collected
     bool                           weights;                    // with router weights
     fate_asker *                   asker;                      // callback mode: outlives the device; null: table mode

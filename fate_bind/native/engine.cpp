@@ -209,9 +209,10 @@ void fate_engine::ubatch_begin(const llama_ubatch & ubatch) {
                 b->layer->begin_step();
             }
         }
+        fate_device_orders orders;
         if (foresees()) {
             try {
-                foresee();
+                orders = foresee();
             } catch (const fate_error & e) { // the ubatch fails at its end: nothing may be thrown through llama.cpp here
                 error_ = e.what();
             }
@@ -219,7 +220,7 @@ void fate_engine::ubatch_begin(const llama_ubatch & ubatch) {
         for (auto & device : devices_) {
             const int32_t     n_tokens = static_cast<int32_t>(ubatch.n_tokens);
             const bool        again    = first_of(*device).n_bulk_rows == n_tokens; // then the newest graph, or one like it, runs
-            const std::string why      = device->begin(n_tokens, again, is_told());
+            const std::string why      = device->begin(n_tokens, again, is_told(), orders);
             error_                     = why.empty() ? error_ : why;
         }
         if (sync_) {
@@ -379,18 +380,22 @@ bool fate_engine::foresees() const {
 
 // Before a step of one token: what it is likely to use, and what is worth keeping after it. The step before is over, for its output made the token; a program
 // that did not look at it waits here.
-void fate_engine::foresee() {
-    const fate_step step = record_[current_].view();
+fate_device_orders fate_engine::foresee() {
+    const fate_step    step = record_[current_].view();
+    fate_device_orders orders;
     follow();
     linear_->expect(step.tokens[0], step.sequences[0], step.positions[0]);
     if (linear_->has_scores()) {
         linear_->scores(scores_.data(), bonus_.data());
-        publish(false);
+        publish_on_host(false);
+        orders.scores = scores_.data();
+        orders.bonus  = bonus_.data();
     }
     if (!chances_.empty() && !devices_.empty()) { // beside the step only a GPU brings them in
         linear_->chances(chances_.data());
-        predicted_ = true;
+        orders.chance = chances_.data();
     }
+    return orders;
 }
 
 // behind: the policy has not seen the step at hand.
@@ -398,13 +403,17 @@ void fate_engine::publish(bool behind) {
     if (policy_failed_ || callback_) { // where the policy is not followed in callback mode, LRU is
         return;
     }
+    publish_on_host(behind);
+    for (auto & device : devices_) {
+        device->publish(scores_.data(), bonus_.data(), behind);
+    }
+}
+
+void fate_engine::publish_on_host(bool behind) {
     for (size_t i = 0; i < blocks_.size(); ++i) {
         if (blocks_[i]->layer) {
             blocks_[i]->layer->publish(&scores_[i * max_experts_], bonus_[i], behind);
         }
-    }
-    for (auto & device : devices_) {
-        device->publish(scores_.data(), max_experts_, bonus_.data(), behind);
     }
 }
 
@@ -429,7 +438,7 @@ void fate_engine::fail_policy() {
     }
     for (auto & device : devices_) {
         if (!closing_) {
-            device->publish(nullptr, max_experts_, nullptr, false);
+            device->publish(nullptr, nullptr, false);
         }
     }
 }

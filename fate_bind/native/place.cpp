@@ -189,6 +189,7 @@ void fate_engine::open_devices() {
         fate_device_config config;
         config.page_lock   = !config_.no_page_lock;
         config.max_tokens  = static_cast<int32_t>(ctx_.get_cparams().n_ubatch);
+        config.stride      = max_experts_;
         config.wants_steps = wants_steps_;
         config.weights     = config_.weights != 0;
         config.throttle    = config_.throttle;

@@ -216,7 +216,10 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
         }
         const int64_t behind = step + 1;
         fate_cuda_upload(end, &behind, sizeof(behind));
-        fate_settle<<<1, 32, 0, main>>>(layers_there, s.n_layers, looks);
+        fate_cuda_opening begin = {};
+        begin.begins            = true;
+        begin.looks             = looks;
+        fate_open<<<s.n_layers, FATE_BESIDE_THREADS, 0, main>>>(layers_there, index, begin);
         FATE_CUDA(cudaStreamSynchronize(main));
         const auto n_chunks = [&](int32_t l) {
             unsigned n = 0;
@@ -252,8 +255,12 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
             call.record_hits    = hit[l];
             call.input          = input[l];
             if (l == plans_at) {
-                fate_plan<<<s.n_layers, FATE_BESIDE_THREADS, fate_tables_bytes(s.n_experts), planner>>>(layers_there, index, start,
-                                                                                                        s.n_experts, THRESHOLD, WANTED);
+                fate_cuda_opening plan = {};
+                plan.chances           = start;
+                plan.stride            = s.n_experts;
+                plan.threshold         = THRESHOLD;
+                plan.wanted            = WANTED;
+                fate_open<<<s.n_layers, FATE_BESIDE_THREADS, fate_tables_bytes(s.n_experts), planner>>>(layers_there, index, plan);
             }
             fate_cuda_launch(fate_bring<false, false, false, true>, FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, fate_bring_bytes(s.n_experts),
                              main, chained && (how == RUSHED || how == BRANCHED), layers[l], call);
