@@ -18,6 +18,10 @@ public:
 
     bool has_scores() const { return n_heads_ > 1; }
 
+    // Reads what the next token's answers take and the next step's learning changes, and changes nothing: waiting for a GPU leaves the caches cold, and until it is
+    // done there is time.
+    void warm();
+
     // Of the token told last. Both are made by the first question.
     void chances(float * out);
     void scores(float * out, float * bonus); // has_scores() only

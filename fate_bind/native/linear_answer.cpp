@@ -50,6 +50,43 @@ void fate_linear::evaluate() {
     is_evaluated_ = true;
 }
 
+static void touch(const void * from, size_t n_bytes) {
+    const volatile char * bytes = static_cast<const char *>(from);
+    for (size_t i = 0; i < n_bytes; i += 64) {
+        (void) bytes[i];
+    }
+}
+
+void fate_linear::warm() {
+    is_evaluated_ = false;
+    evaluate();
+    const auto touch_rows = [&](int32_t token, int32_t before, int32_t when) {
+        const int32_t token_row = tokens_.get(token);
+        const int32_t pair_row  = pairs_.get(fate_linear_rows::pair_key(before, token));
+        if (token_row >= 0) {
+            touch(tokens_.sums(token_row, when), (size() + model_.rank_basis) * sizeof(uint16_t));
+        }
+        if (pair_row >= 0) {
+            touch(pairs_.sums(pair_row, when), size() * sizeof(uint16_t));
+        }
+    };
+    if (!model_.learn || token_ == FATE_LINEAR_UNKNOWN) {
+        return;
+    }
+    touch_rows(token_, before_, 0);
+    const fate_linear_sequence * here = find(sequence_);
+    if (here && here->n_pending == FATE_LINEAR_LATER &&
+        here->pending[0].token != FATE_LINEAR_UNKNOWN) { // the one that is learned from next
+        int64_t       after[FATE_LINEAR_LATER];
+        const int32_t n = following(here->pending[0].position, FATE_LINEAR_LATER, after);
+        touch_rows(here->pending[0].token, here->pending[0].before, 1);
+        for (int32_t i = 0; i < n; ++i) {
+            touch(&history_used_[slot(after[i]) * width()], width() * sizeof(uint16_t));
+            touch(history_sum(after[i]), model_.rank_basis * sizeof(float));
+        }
+    }
+}
+
 // Makes the squeezed context of its pieces; those of which nothing is known are zeros and are left out.
 void fate_linear::make_context() {
     const int32_t rank                      = model_.rank_basis;

@@ -94,7 +94,7 @@ static answer ask(fate_linear & linear) {
 }
 
 // Follows n tokens of several sequences, with repeats; returns all answers.
-static std::vector<answer> follow(fate_linear & linear, const made_up & made, int32_t n, uint32_t seed) {
+static std::vector<answer> follow(fate_linear & linear, const made_up & made, int32_t n, uint32_t seed, bool warms = false) {
     generator.seed(seed);
     std::vector<answer> answers;
     for (int32_t t = 0; t < n; ++t) {
@@ -103,6 +103,9 @@ static std::vector<answer> follow(fate_linear & linear, const made_up & made, in
         if (t % 5 != 0) {
             linear.expect(token, sequence, t % 400);
             answers.push_back(ask(linear));
+        }
+        if (warms) {
+            linear.warm();
         }
         linear.observe(route(made).data(), token, sequence);
     }
@@ -267,6 +270,8 @@ static void test_model() {
     linear.reset();
     CHECK(ask(linear) == fresh);
     CHECK(follow(linear, made, 900, 5) == first);
+    linear.reset();
+    CHECK(follow(linear, made, 900, 5, /*warms =*/true) == first);
 
     fate_linear               predicts(made.model(6, false)); // one question alone: the same answer to it
     const std::vector<answer> alone = follow(predicts, made, 900, 5);
