@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import mmap
 import os
+import re
 import struct
 from collections.abc import Sequence
 from itertools import pairwise
@@ -15,6 +17,9 @@ from fate_bind import placement
 from fate_bind.errors import EngineError, UsageError
 
 EMBEDDED = Path(__file__).resolve().parent / "models" / "tiny-moe-31m-q4_0.gguf"
+
+SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+"""How the name of a split file's part ends."""
 
 _STRING, _ARRAY = 8, 9
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of GGUF's value types
@@ -73,6 +78,14 @@ def meant(model: str | Path | None, args: Sequence[str]) -> Path | None:
     if model is not None:
         return Path(model)
     return of(args) if placement.names_model(args) else EMBEDDED
+
+
+def parts(model: Path) -> list[Path]:
+    """Return the files of a model: of NAME-00001-of-00003.gguf all three that are there."""
+    name = SHARD.sub("", model.stem)
+    if name == model.stem:
+        return [model]
+    return sorted(model.parent.glob(f"{glob.escape(name)}-?????-of-?????{glob.escape(model.suffix)}"))
 
 
 def check_args(args: Sequence[str], is_list: bool = False) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -136,6 +136,17 @@ def _writable(name: str, text: str | None) -> Path | None:
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UsageError(f"--fate-{name}: {path} cannot be written")
     return path
+
+
+def spare(chosen: Options, read: Collection[Path]) -> None:
+    """Refuse to write one of the files that the run reads, or two things to one file."""
+    written = {"record": chosen.record, "stats": chosen.stats_file}
+    for name, path in written.items():
+        if path is not None and path.exists() and any(path.samefile(one) for one in read):
+            raise UsageError(f"--fate-{name} {path} would overwrite what the run reads; give another name")
+    record, stats = written.values()
+    if record is not None and stats is not None and record.resolve() == stats.resolve():
+        raise UsageError(f"--fate-record and --fate-stats both name {record}; give another name")
 
 
 def help_text() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fate_bind import library, modelfile, options, placement, stats
@@ -18,6 +20,7 @@ from fate_bind.errors import FateError, UsageError
 from fate_bind.host import Host
 from fate_bind.options import Options
 from fate_bind.session import resolve_config, with_trained
+from fate_policy.config import Config
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         chosen.prefetch_experts,
     )
     config = with_trained(config, modelfile.of(args))
+    check_files(chosen, args, config)
     host = Host(config, None, chosen.record, chosen.require)
     if command == "serve" and _wants_page(args) and not library.has_page():
         print(
@@ -94,6 +98,37 @@ def run(command: str, argv: Sequence[str]) -> int:
     # ours first: a value that is forgotten at the end is missed, and does not become one of ours
     args = [*placement.flags(program.name, args, placement.has_gpu()), *args]
     return _Run(program, args, host, chosen).run()
+
+
+def check_files(chosen: Options, args: Sequence[str], config: Config) -> None:
+    """Refuse to write what the run reads; say what is of no effect here."""
+    values = [value for value in os.environ.values() if value.lower().endswith(".gguf")]
+    named = [part for arg in (*args, *values) for part in (arg, *arg.split(","))]
+    named += [chosen.policy, *(str(value) for value in config.params.values())]
+    files = {path for path in map(Path, named) if _is_file(path)} | {modelfile.EMBEDDED}
+    files |= {part for path in files for part in modelfile.parts(path)}
+    options.spare(chosen, [*files, *_source_of(config.policy)])
+    if config.mode != "off" and (chosen.vram or chosen.vram_margin) and not placement.has_gpu():
+        print("fate: vram has no effect: no GPU was found", file=sys.stderr, flush=True)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a text, too long for a name
+        return False
+
+
+def _source_of(policy: str) -> list[Path]:
+    """Return the files that a policy of the user's, module:Class, may come from."""
+    module = policy.partition(":")[0] if ":" in policy else ""
+    try:
+        found = importlib.util.find_spec(module) if module else None
+    except (ImportError, ValueError):  # it is refused where it is made
+        found = None
+    paths = [Path(found.origin)] if found is not None and found.origin else []
+    paths += [Path(module.replace(".", "/")).with_suffix(".py")] if module else []  # of this folder
+    return [path for path in paths if _is_file(path)]
 
 
 def _complete(command: str, args: list[str]) -> list[str]:
@@ -185,7 +220,9 @@ class _Run:
         try:
             if not any(engine.is_engaged for engine in self.host.engines):
                 return
-            is_end = not (self.program.name == "completion" and placement.given(self.args, _INTERACTIVE))
+            stops = library.load().lib.fate_interrupt_signal() == signal.SIGINT  # else the process ends
+            goes_on = self.program.name == "completion" and placement.given(self.args, _INTERACTIVE)
+            is_end = not (stops and goes_on)
             print(file=sys.stderr)
             for engine in self.host.engines:
                 try:

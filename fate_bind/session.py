@@ -7,7 +7,6 @@ import codecs
 import functools
 import operator
 import os
-import re
 import tempfile
 import threading
 import weakref
@@ -68,16 +67,15 @@ def resolve_config(
     return load(policy, overrides), None
 
 
-_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
-
-
 def trained_for(model: Path) -> Path:
     """Return where a model's classifier is looked for: NAME.fate.npz beside NAME.gguf.
 
     Of a split file, NAME-00001-of-00003.gguf, the part's number does not belong to the name, unless only
     NAME-00001-of-00003.fate.npz is there.
     """
-    paths = [model.with_name(name + ".fate.npz") for name in (_SHARD.sub("", model.stem), model.stem)]
+    paths = [
+        model.with_name(name + ".fate.npz") for name in (modelfile.SHARD.sub("", model.stem), model.stem)
+    ]
     return next((path for path in paths if os.path.lexists(path)), paths[0])
 
 

@@ -544,6 +544,7 @@ int32_t fate_context_sample(fate_context * context, int32_t * token) {
 //
 
 static fate_interrupt_fn on_interrupt;
+static int32_t           interrupt_signal;
 static void *            interrupt_user;
 
 int32_t fate_interrupt_watch(fate_interrupt_fn callback, void * user) {
@@ -556,6 +557,10 @@ int32_t fate_exit_watch(fate_interrupt_fn on_exit, void * user) {
     (void) on_exit;
     (void) user;
     return FATE_STATUS_OK;
+}
+
+int32_t fate_interrupt_signal(void) {
+    return interrupt_signal;
 }
 
 void fate_interrupt_unwatch(void) {
@@ -593,7 +598,9 @@ int32_t fate_program_run(const char * name, int32_t argc, char ** argv, int32_t 
         }
         fate_context_decode(c, 1, &i, NULL, NULL, NULL, NULL);
         if (interrupt && i == n_tokens / 2) {
+            interrupt_signal = 2; // SIGINT
             on_interrupt(interrupt_user);
+            interrupt_signal = 0;
         }
     }
     fate_context_close(c);

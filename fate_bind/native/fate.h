@@ -341,11 +341,13 @@ FATE_API int32_t fate_engine_check(const fate_engine * engine);
 // main returned. Help and some errors end the process, as in the program itself.
 FATE_API int32_t fate_program_run(const char * name, int32_t argc, char ** argv, int32_t * exit_code);
 
-// From now on an interrupt (SIGINT) first calls on_interrupt on a thread of ours, then the handler that the program installed; a program that has none ends
-// with code 130. fate_interrupt_unwatch() restores what was there before.
+// From now on an interrupt (SIGINT) or a request to end (SIGTERM), unless it is ignored, first calls on_interrupt on a thread of ours, then the handler that the
+// program installed; a program that has none ends with code 130 or 143. fate_interrupt_unwatch() restores what was there before. fate_interrupt_signal() tells
+// on_interrupt which signal it was.
 typedef void (*fate_interrupt_fn)(void * user);
 FATE_API int32_t fate_interrupt_watch(fate_interrupt_fn on_interrupt, void * user);
 FATE_API void    fate_interrupt_unwatch(void);
+FATE_API int32_t fate_interrupt_signal(void);
 // From now on on_exit is called once if the process ends through exit(), as some programs do on a second interrupt; null: no more.
 FATE_API int32_t fate_exit_watch(fate_interrupt_fn on_exit, void * user);
 

@@ -1,4 +1,4 @@
-// Ctrl-C while a program of llama.cpp runs: our callback first, then the program's own handler.
+// Ctrl-C, or a request to end, while a program of llama.cpp runs: our callback first, then the program's own handler.
 //
 // A signal handler may do next to nothing, so ours only wakes a thread. Programs install their handlers whenever they like; the thread looks for that
 // every POLL_MS and puts ours in front again.
@@ -33,12 +33,17 @@ int32_t fate_interrupt_watch(fate_interrupt_fn, void *) {
 
 void fate_interrupt_unwatch(void) {}
 
+int32_t fate_interrupt_signal(void) {
+    return 0;
+}
+
 #else
 
 #    include <poll.h>
 #    include <signal.h>
 #    include <unistd.h>
 
+#    include <atomic>
 #    include <cerrno>
 #    include <cstdio>
 #    include <cstring>
@@ -47,16 +52,35 @@ void fate_interrupt_unwatch(void) {}
 
 static const int POLL_MS = 50;
 
-static std::mutex       watch_mutex;
-static std::thread *    watcher; // leaked where the program ends the process: exit() may run on that very thread
-static int              wake[2] = { -1, -1 };
-static struct sigaction before_int;
-static struct sigaction before_term;
+struct watched {
+    const int        number;
+    const char       letter; // that wakes the thread
+    const int        code;   // of a process that it ends
+    struct sigaction before; // the caller's
+    struct sigaction program;
+    bool             is_watched;
+};
 
-static void on_signal(int) {
-    const int  saved = errno;
-    const char c     = 'i';
-    (void) !write(wake[1], &c, 1);
+static watched signals[] = {
+    { SIGINT,  'i', 130, {}, {}, false },
+    { SIGTERM, 't', 143, {}, {}, false },
+};
+
+static std::atomic<int> handled{ 0 }; // the signal about which the callback is told at the moment, 0: none
+static std::mutex       watch_mutex;
+static std::thread *    watcher;      // leaked where the program ends the process: exit() may run on that very thread
+static int              wake[2] = { -1, -1 };
+
+static void on_signal(int number) {
+    const int saved = errno;
+    for (const watched & one : signals) {
+        if (one.number == number && number == SIGTERM && handled == SIGTERM) { // asked again: at once
+            _exit(one.code);
+        }
+        if (one.number == number) {
+            (void) !write(wake[1], &one.letter, 1);
+        }
+    }
     errno = saved;
 }
 
@@ -64,39 +88,49 @@ static bool is_ours(const struct sigaction & action) {
     return !(action.sa_flags & SA_SIGINFO) && action.sa_handler == on_signal;
 }
 
-// Puts our handler first; the one it replaces, if it is not ours, becomes the program's.
-static void install(struct sigaction & program) {
+// Puts our handlers first; one that is replaced, if it is not ours, becomes the program's.
+static void install() {
     struct sigaction ours;
-    struct sigaction before;
     memset(&ours, 0, sizeof(ours));
     ours.sa_handler = on_signal;
     ours.sa_flags   = SA_RESTART;
     sigemptyset(&ours.sa_mask);
-    sigaction(SIGINT, &ours, &before);
-    if (!is_ours(before)) {
-        program = before;
+    for (watched & one : signals) {
+        struct sigaction before;
+        sigaction(one.number, nullptr, &before);
+        const bool is_ignored = !(before.sa_flags & SA_SIGINFO) && before.sa_handler == SIG_IGN;
+        one.is_watched        = one.is_watched || !is_ignored; // from the start, or since the program has a handler of its own
+        if (one.is_watched && sigaction(one.number, &ours, &before) == 0 && !is_ours(before)) {
+            one.program = before;
+        }
     }
 }
 
-static void call_program(const struct sigaction & program) {
-    if (program.sa_flags & SA_SIGINFO) {
-        program.sa_sigaction(SIGINT, nullptr, nullptr);
-    } else if (program.sa_handler == SIG_DFL) {
+// Unless that would wait, as for a thread that writes to a pipe which nobody reads.
+static void flush_stdout() {
+    struct pollfd out = { STDOUT_FILENO, POLLOUT, 0 };
+    if (poll(&out, 1, 0) > 0 && ftrylockfile(stdout) == 0) {
         fflush(stdout);
-        _exit(130);
-    } else if (program.sa_handler != SIG_IGN) {
-        program.sa_handler(SIGINT);
+        funlockfile(stdout);
+    }
+}
+
+static void call_program(const watched & one) {
+    if (one.program.sa_flags & SA_SIGINFO) {
+        one.program.sa_sigaction(one.number, nullptr, nullptr);
+    } else if (one.program.sa_handler == SIG_DFL) {
+        flush_stdout();
+        _exit(one.code);
+    } else if (one.program.sa_handler != SIG_IGN) {
+        one.program.sa_handler(one.number);
     }
 }
 
 static void watch(fate_interrupt_fn on_interrupt, void * user) {
-    struct sigaction program;
-    memset(&program, 0, sizeof(program));
-    program.sa_handler = SIG_DFL; // what was there before is the caller's, not the program's
     for (;;) {
         struct pollfd fd    = { wake[0], POLLIN, 0 };
         const int     ready = poll(&fd, 1, POLL_MS);
-        install(program);
+        install();
         if (ready <= 0) {
             continue;
         }
@@ -104,8 +138,14 @@ static void watch(fate_interrupt_fn on_interrupt, void * user) {
         if (read(wake[0], &c, 1) != 1 || c == 'q') {
             return;
         }
-        on_interrupt(user);
-        call_program(program);
+        for (const watched & one : signals) {
+            if (one.letter == c) {
+                handled = one.number;
+                on_interrupt(user);
+                call_program(one);
+                handled = 0;
+            }
+        }
     }
 }
 
@@ -115,18 +155,24 @@ int32_t fate_interrupt_watch(fate_interrupt_fn on_interrupt, void * user) {
         if (watcher) {
             throw fate_error(FATE_STATUS_INVALID, "interrupts are watched already");
         }
-        sigaction(SIGINT, nullptr, &before_int);
-        sigaction(SIGTERM, nullptr, &before_term);
-        if (!(before_int.sa_flags & SA_SIGINFO) && before_int.sa_handler == SIG_IGN) {
-            return; // started with interrupts ignored, as by nohup
-        }
         if (pipe(wake) != 0) {
             throw fate_error(FATE_STATUS_INVALID, fate_format("cannot make a pipe: %s", strerror(errno)));
         }
-        struct sigaction none;
-        install(none);
+        for (watched & one : signals) {
+            sigaction(one.number, nullptr, &one.before);
+            one.is_watched = false;
+        }
+        install();
+        for (watched & one : signals) { // what was there before is the caller's, not the program's
+            memset(&one.program, 0, sizeof(one.program));
+            one.program.sa_handler = SIG_DFL;
+        }
         watcher = new std::thread(watch, on_interrupt, user);
     });
+}
+
+int32_t fate_interrupt_signal(void) {
+    return handled;
 }
 
 void fate_interrupt_unwatch(void) {
@@ -139,8 +185,9 @@ void fate_interrupt_unwatch(void) {
     watcher->join();
     delete watcher;
     watcher = nullptr;
-    sigaction(SIGINT, &before_int, nullptr);
-    sigaction(SIGTERM, &before_term, nullptr);
+    for (watched & one : signals) {
+        sigaction(one.number, &one.before, nullptr);
+    }
     close(wake[0]);
     close(wake[1]);
 }

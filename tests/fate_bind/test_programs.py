@@ -138,6 +138,74 @@ def test_statistics_as_json(run, tmp_path: Path) -> None:
     assert json.loads(out.splitlines()[-1]).keys() == numbers.keys()
 
 
+def refused(code: int, err: str, name: str, path: object) -> bool:
+    told = f"fate: error: --fate-{name} {path} would overwrite what the run reads; give another name\n"
+    return (code, err) == (2, told)
+
+
+def test_what_the_run_reads_is_not_written(
+    run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, policy, profile = tmp_path / "prompt.txt", tmp_path / "own.yaml", tmp_path / "profile.npz"
+    prompt.write_text("Once")
+    profile.write_bytes(b"a profile")
+    policy.write_text(f"policy: static\nstatic:\n  profile: {profile}\n")
+    flags = ["-f", str(prompt), "--fate-policy", str(policy)]
+    assert run("-p", "x" * 5000)[0] == 0
+    for read in (model, prompt, policy, profile, modelfile.EMBEDDED):
+        before = read.read_bytes()
+        code, _, err = run(*flags, "--fate-stats", f"json:{read}")
+        assert refused(code, err, "stats", read)
+        assert read.read_bytes() == before
+    code, _, err = run(*flags, "--fate-record", str(profile))
+    assert refused(code, err, "record", profile)
+    (tmp_path / "mine.py").write_text("from fate_policy.lru import LRU\n")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("--fate-policy", "mine:LRU", "--fate-stats", "json:mine.py")
+    assert refused(code, err, "stats", "mine.py")
+
+
+def test_what_one_thing_is_written_to_another_is_not(run, tmp_path: Path) -> None:
+    both = str(tmp_path / "both.npz")
+    code, _, err = run("--fate-record", both, "--fate-stats", f"json:{both}")
+    assert code == 2
+    assert err == f"fate: error: --fate-record and --fate-stats both name {both}; give another name\n"
+
+
+def test_models_that_are_named_otherwise_are_read_too(
+    fake: Library,
+    model: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = tmp_path / "other.gguf"
+    other.write_bytes(model.read_bytes())
+    parts = [tmp_path / f"split-0000{i}-of-00002.gguf" for i in (1, 2)]
+    for part in parts:
+        part.write_bytes(model.read_bytes())
+    for argv, read in (
+        (["bench", "-m", f"{model},{other}"], other),
+        (["run", "-m", str(parts[0])], parts[1]),
+        (["verify", "-m", str(other)], other),
+        (["verify"], modelfile.EMBEDDED),
+    ):
+        before = read.read_bytes()
+        code = main([*argv, "--fate-stats", f"json:{read}"])
+        assert refused(code if argv[0] != "verify" else 2, capfd.readouterr().err, "stats", read)
+        assert read.read_bytes() == before
+    monkeypatch.setenv("LLAMA_ARG_MODEL", str(other))
+    code = main(["run", "--fate-stats", f"json:{other}"])
+    assert refused(code, capfd.readouterr().err, "stats", other)
+
+
+def test_vram_without_a_gpu_is_said_to_have_no_effect(run) -> None:
+    told = "fate: vram has no effect: no GPU was found\n"
+    assert run("--fate-vram", "8GiB")[2].startswith(told)
+    assert run("--fate-vram-margin", "2GiB")[2].startswith(told)
+    assert told not in run()[2]
+
+
 def test_statistics_that_cannot_be_written_are_one_line(run) -> None:
     """A full disk once ended in a traceback."""
     code, _, err = run("--fate-stats", "json:/dev/full")

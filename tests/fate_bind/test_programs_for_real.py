@@ -66,8 +66,8 @@ def run(folder: Path, *args: str, stdin: str = "") -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def interrupt(folder: Path, *args: str) -> tuple[int, str, str]:
-    """Run until the recording has reached the disk, then press Ctrl-C."""
+def interrupt(folder: Path, *args: str, number: int = signal.SIGINT) -> tuple[int, str, str]:
+    """Run until the recording has reached the disk, then press Ctrl-C, or send another signal."""
     process = start(folder, *args, "--fate-policy", "own:Slow", "--fate-record", "trace.npz")
     part = folder / "trace.npz.part"
     deadline = time.monotonic() + 60
@@ -75,7 +75,7 @@ def interrupt(folder: Path, *args: str) -> tuple[int, str, str]:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     return process.returncode, out, err
 
@@ -119,6 +119,35 @@ def test_ctrl_c_keeps_the_record_and_prints_the_summary(folder: Path, args: tupl
     assert "fate: engaged in 8 of 8 MoE layers, policy own:Slow" in err
     assert "  recorded      trace.npz" in err
     assert load(folder / "trace.npz").n_tokens >= 10
+    assert not (folder / "trace.npz.part").exists()
+
+
+def test_a_request_to_end_keeps_the_record_too(folder: Path) -> None:
+    code, _, err = interrupt(folder, "run", "-t", "1", "-n", "900", "--ignore-eos", number=signal.SIGTERM)
+    assert code == 143
+    assert "  recorded      trace.npz" in err
+    assert load(folder / "trace.npz").n_tokens >= 10
+    assert not (folder / "trace.npz.part").exists()
+
+
+def test_a_request_to_end_ends_the_record_of_a_conversation(folder: Path) -> None:
+    flags = ["-t", "1", "-n", "900", "--ignore-eos", "-i"]
+    code, _, err = interrupt(folder, "run", *flags, number=signal.SIGTERM)
+    assert code == 143
+    assert "  recorded      trace.npz" in err
+    assert not (folder / "trace.npz.part").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_where_interrupts_were_ignored_signals_still_keep_the_record(folder: Path, number: int) -> None:
+    """As for a job that a shell started in the background; llama.cpp sets a handler of its own."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        code, _, err = interrupt(folder, "run", "-t", "1", "-n", "900", "--ignore-eos", number=number)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert code == 128 + number
+    assert "  recorded      trace.npz" in err
     assert not (folder / "trace.npz.part").exists()
 
 
