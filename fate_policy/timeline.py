@@ -7,6 +7,7 @@ and a demanded expert goes before prefetches that wait, after the one under way.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +126,35 @@ def timeline(
     )
     resident = n_tokens * float(machine.layer_us.sum())
     return Timeline(n_tokens, total / 1e6, resident / 1e6, stalled / 1e6, late / 1e6, slowed / 1e6)
+
+
+def counted(totals: Mapping[str, float], tokens: int, machine: Machine, expert_bytes: float) -> Timeline:
+    """Return the time that tokens of a run take, from what it counted instead of from every token.
+
+    What came late is waited for as far as it was not there; whatever else prefetch brought slows compute. A
+    token whose only misses came late in a layer is counted as one with a miss there.
+
+    Parameters
+    ----------
+    totals
+        Counters of the run over all layers, by their names (see `Counters.totals`).
+    expert_bytes
+        Of an expert, the mean over layers; so is what a transfer takes.
+    """
+    names = ("misses", "rows", "rows_all_resident", "prefetches", "prefetch_useful", "prefetch_late")
+    misses, rows, whole, prefetches, useful, late = (float(totals.get(name, 0)) for name in names)
+    transfer_us = float(np.mean(machine.transfer_us))
+    hidden = float(totals.get("prefetch_hidden", 0)) / expert_bytes - useful  # of those late
+    waited = min(
+        max(late - hidden, 0.0), late
+    )  # where layers differ in size the mean may say more than there was
+    resident = tokens * float(machine.layer_us.sum())
+    stalled = (misses - late) * transfer_us + (rows - whole) * machine.miss_us
+    slowed = (prefetches - waited) * transfer_us * (1 - 1 / machine.slowdown)
+    total = resident + rows * machine.resolve_us + stalled + waited * transfer_us + slowed
+    return Timeline(
+        tokens, total / 1e6, resident / 1e6, stalled / 1e6, waited * transfer_us / 1e6, slowed / 1e6
+    )
 
 
 @compiled

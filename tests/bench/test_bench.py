@@ -200,7 +200,9 @@ def test_figures_of_a_row() -> None:
     result = {
         "group": "g",
         "settings": {},
+        "model": {"n_layers": 2},
         "link_bytes_per_second": [9e9, 10e9, 30e9],
+        "link_piece_bytes": 5_000_000,
         "arms": {
             "resident": found(4),
             "cpu-moe": found(40),
@@ -221,6 +223,15 @@ def test_figures_of_a_row() -> None:
     assert row["mb_token"] == 50
     assert row["link"] == pytest.approx(0.5)
     assert row["model"] == pytest.approx(10 / 9)
+    assert row["timeline"] == pytest.approx(10 / (4 + 10 * 5 / 10 / report.KERNEL_SHARE))
+    held = report.rows({**result, "settings": {"throttle": 5}})
+    of_throttle = {one["arm"]: one for one in held}["lru@50"]["timeline"]
+    assert of_throttle == pytest.approx(10 / (4 + 10 * 5 / 5))  # slower than a kernel
+    lru = result["arms"]["lru@50"]["rounds"][0]["counters"]
+    lru |= {"prefetches": 40, "prefetch_useful": 40, "prefetch_hidden": 40 * 5_000_000}
+    ahead = {one["arm"]: one for one in report.rows(result)}["lru@50"]["timeline"]
+    beside = 20 * 0.5 / report.KERNEL_SHARE * (1 - 1 / 1.15)
+    assert ahead == pytest.approx(10 / (4 + 10 * 0.5 / report.KERNEL_SHARE + beside))
     assert row["policy_ms"] == pytest.approx(0.5)
     assert row["p512"] == pytest.approx(1280)
     assert table["callback@50"]["note"] == "not engaged because of a reason"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fate_policy.errors import PolicyConfigError
-from fate_policy.timeline import Machine, Timeline, timeline
+from fate_policy.timeline import Machine, Timeline, counted, timeline
 
 
 def machine(n_layers: int = 3, **options: Any) -> Machine:
@@ -84,3 +84,35 @@ def test_the_designs_numbers() -> None:
 def test_a_wrong_input_is_named(call: Any, message: str) -> None:
     with pytest.raises(PolicyConfigError, match=message):
         call()
+
+
+def test_what_a_run_counted_takes_as_long_as_its_tokens() -> None:
+    """Without prefetch to the last digit, whatever the order."""
+    missed = np.random.default_rng(3).integers(0, 3, (40, 3))
+    options = {"miss_us": 3.0, "resolve_us": 1.0}
+    totals = {"misses": missed.sum(), "rows": missed.size, "rows_all_resident": (missed == 0).sum()}
+    found = counted(totals, 40, machine(**options), 100.0)
+    assert microseconds(found) == microseconds(run(missed.tolist(), **options))
+    assert found.of_resident == run(missed.tolist(), **options).of_resident
+
+
+def test_of_what_came_late_only_what_was_not_there_is_waited_for() -> None:
+    """Of four experts two were in time, one late by half, and one was never used."""
+    totals = {"misses": 1, "rows": 3, "rows_all_resident": 2, "prefetches": 4}
+    totals |= {"prefetch_useful": 2, "prefetch_late": 1, "prefetch_hidden": 250}
+    found = counted(totals, 1, machine(slowdown=1.25), 100.0)
+    # 2 of their 16 us are waited for; a fifth of the other 14 is lost to compute
+    assert microseconds(found) == (30 + 2 + 2.8, 0, 2, 2.8)
+    assert microseconds(counted({}, 2, machine(), 100.0)) == (60, 0, 0, 0)
+
+
+def test_no_more_is_waited_for_than_came_late() -> None:
+    """Ten useful experts of half the mean size: by the mean they hid less than themselves."""
+    totals = {
+        "misses": 1,
+        "prefetches": 11,
+        "prefetch_useful": 10,
+        "prefetch_late": 1,
+        "prefetch_hidden": 500,
+    }
+    assert microseconds(counted(totals, 1, machine(), 100.0)) == (34, 0, 4, 0)
