@@ -27,6 +27,11 @@ from numpy.typing import DTypeLike, NDArray
 from fate_policy.base import BYPASS, NOT_RUN, POOL, Geometry, Step
 from fate_policy.errors import TraceError
 
+try:
+    import fcntl
+except ImportError:  # not on this system
+    fcntl = None  # type: ignore[assignment]
+
 FORMAT, VERSION = "fate-trace", 1
 
 _MAGIC = b"FATE-TRACE-PART\n"
@@ -207,17 +212,41 @@ def part_of(path: Path) -> Path:
 
 
 def check_part(path: Path) -> None:
-    """Raise `TraceError` if another recording of `path` left something, or is under way."""
+    """Raise `TraceError` if another recording of `path` is under way, or left what `path` does not hold."""
     part = part_of(path)
     try:
         size = part.stat().st_size
+        if size <= len(_MAGIC):
+            return
+        with part.open("rb") as file:
+            is_free = _locked(file)
     except OSError:
         return  # or what opens it meets the same
-    if size > len(_MAGIC):
+    cannot = f"trace {path} cannot be recorded: "
+    if not is_free:
+        raise TraceError(f"{cannot}another recording to {part} is under way; record elsewhere")
+    try:
+        is_kept = path.exists() and load(part).hash() == load(path).hash()
+    except TraceError:
+        is_kept = False
+    if not is_kept:
         raise TraceError(
-            f"trace {path} cannot be recorded: {part} holds {size} bytes of another recording, which was "
-            f"killed or still runs; `fate report {part}` shows it; move it or remove it, or record elsewhere"
+            f"{cannot}{part} holds {size} bytes of another recording, which was killed; `fate report {part}` "
+            "shows it; move it or remove it, or record elsewhere"
         )
+
+
+def _locked(file: IO[bytes]) -> bool:
+    """Lock a file for as long as it is open; False if somebody else has. True where there are no locks."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # of a file system without locks
+        pass
+    return True
 
 
 class TraceWriter:
@@ -225,7 +254,7 @@ class TraceWriter:
 
     Memory stays bounded by one block. A block reaches the file when 64 KB are waiting, when a second has
     passed since the last one, and at `close`, where an old PATH is lost. A PATH.part of another recording is
-    never overwritten: `TraceError` says so.
+    not overwritten unless PATH holds all of it: `TraceError` says so.
 
     Parameters
     ----------
@@ -256,6 +285,7 @@ class TraceWriter:
         check_part(self.path)
         try:
             self._file: IO[bytes] | None = self.part.open("wb")
+            _locked(self._file)
             self._file.write(_MAGIC)
             self._file.flush()
         except OSError as error:

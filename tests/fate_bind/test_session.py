@@ -142,7 +142,7 @@ def test_without_a_pool_there_is_nothing_to_record(fake: Library, model: Path, g
 def test_what_a_killed_recording_left_is_not_lost(fake: Library, model: Path, tmp_path: Path) -> None:
     part = tmp_path / "t.npz.part"
     part.write_bytes(b"FATE-TRACE-PART\nand more")
-    with pytest.raises(TraceError, match="bytes of another recording, which was killed or still runs"):
+    with pytest.raises(TraceError, match="bytes of another recording, which was killed; `fate report"):
         Session(tmp_path / "no model is asked for", record=tmp_path / "t.npz")
     part.write_bytes(b"FATE-TRACE-PART\n")  # nothing was recorded
     with Session(model, record=tmp_path / "t.npz") as session:

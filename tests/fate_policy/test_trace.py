@@ -334,6 +334,27 @@ def test_a_killed_recording_keeps_what_was_flushed(tmp_path: Path) -> None:
     assert trace.load(tmp_path / "t.npz.part").hash() == back.hash()
 
 
+def test_what_an_interrupted_recording_left_may_go_once_its_trace_holds_it(tmp_path: Path) -> None:
+    path, steps = tmp_path / "t.npz", list(steps_of(synthetic_trace()))
+    writer = trace.TraceWriter(path, synthetic_trace().meta)
+    for step in steps:
+        writer.append(step)
+    writer.flush()
+    kept = trace.load(writer.part)
+    kept.save(path)
+    with pytest.raises(TraceError, match=r"another recording to .*t.npz.part is under way"):
+        trace.check_part(path)
+    content = writer.part.read_bytes()
+    writer.close()
+    writer.part.write_bytes(content)  # as if it had been killed
+    trace.check_part(path)
+    kept.slice(0, kept.n_tokens - 1).save(path)
+    with pytest.raises(
+        TraceError, match=r"t.npz.part holds \d+ bytes of another recording, which was killed"
+    ):
+        trace.check_part(path)
+
+
 def recorded_part(folder: Path) -> tuple[bytes, list[int]]:
     """Return a .part of five blocks, and how long it was after each."""
     writer = TraceWriter(folder / "whole.npz", META)
