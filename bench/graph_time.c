@@ -46,9 +46,11 @@ int cudaGraphLaunch(void *graph, void *stream) {
   if (!launch) {
     open_runtime();
     int (*create)(void **) = (int (*)(void **))find("cudaEventCreate");
-    for (int i = 0; i < IN_FLIGHT; ++i)
-      if (create(&began[i]) || create(&ended[i]))
+    for (int i = 0; i < IN_FLIGHT; ++i) // of every launch that is not read yet
+      if (create(&began[i]) || create(&ended[i])) {
+        fprintf(stderr, "graph_time: cudaEventCreate failed\n");
         abort();
+      }
     record = (int (*)(void *, void *))find("cudaEventRecord");
     elapsed = (int (*)(float *, void *, void *))find("cudaEventElapsedTime");
     launch = (int (*)(void *, void *))find("cudaGraphLaunch");

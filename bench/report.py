@@ -124,11 +124,11 @@ def prompt_speed(arm: dict[str, Any], n: int) -> float | None:
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Return one group's rows; None where a figure says nothing or was not measured."""
     made = []
-    link = median(result["link_bytes_per_second"]) if result["link_bytes_per_second"] else None
+    measured = median(result["link_bytes_per_second"]) if result["link_bytes_per_second"] else 0.0
     throttle = result["settings"].get("throttle")
-    kernel = link * KERNEL_SHARE if link else None
-    if link and kernel and throttle:
-        link, kernel = min(link, throttle * 1e9), min(kernel, throttle * 1e9)
+    link, kernel = (
+        min(rate, throttle * 1e9) if throttle else rate for rate in (measured, measured * KERNEL_SHARE)
+    )
     for name, found in result["arms"].items():
         arm = parse(name)
         own, of_resident = speed(found), fraction(result, found)
@@ -160,27 +160,25 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
                 row["useful"] = _mean(found, "prefetch_useful", "prefetches")
             if link and own and bytes_token is not None:
                 row["link"] = bytes_token * own / link
-                if of_resident and kernel:
+                if of_resident:
                     row["model"] = (1 / own) / (of_resident / own + bytes_token / link)
-                    row["timeline"] = _over_timeline(result, found, kernel)
+                    row["timeline"] = _over_timeline(result, found, own / of_resident, kernel)
         made.append({key: row.get(key) for key in COLUMNS})
     return made
 
 
-def _over_timeline(result: dict[str, Any], found: dict[str, Any], rate: float) -> float:
+def _over_timeline(result: dict[str, Any], found: dict[str, Any], resident: float, rate: float) -> float:
     """Return the token time over that of the lab's model, of what the arm counted; the median over rounds.
 
-    rate : bytes a second at which a kernel fills a slot
+    resident : tokens a second with all experts in VRAM;  rate : bytes a second at which a kernel fills a slot
     """
-    n_layers, n_bytes = result["model"]["n_layers"], result["link_piece_bytes"]
-    of_resident = fraction(result, found)
-    assert of_resident is not None
-    ratios = []
-    for sample, own in zip(found["rounds"], _speeds(found), strict=True):
-        resident = (speed(found) or own) / of_resident
-        machine = Machine.of_speed(resident, rate / 1e9, np.full(n_layers, n_bytes), slowdown=SLOWDOWN)
-        ratios.append(counted(sample["counters"], len(sample["ms"]), machine, n_bytes).tokens_s / own)
-    return median(ratios)
+    n_bytes = result["link_piece_bytes"]
+    sizes = np.full(result["model"]["n_layers"], n_bytes)
+    machine = Machine.of_speed(resident, rate / 1e9, sizes, slowdown=SLOWDOWN)
+    return median(
+        counted(sample["counters"], len(sample["ms"]), machine, n_bytes).tokens_s / own
+        for sample, own in zip(found["rounds"], _speeds(found), strict=True)
+    )
 
 
 def _note(found: dict[str, Any]) -> str:

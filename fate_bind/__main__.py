@@ -12,7 +12,6 @@ from itertools import pairwise
 
 from fate_bind import library, modelfile, options, placement, programs, stats
 from fate_bind.errors import FateError, UsageError
-from fate_bind.session import resolve_config, with_trained
 from fate_bind.verify import verify
 from fate_policy import cli, registry
 
@@ -100,9 +99,7 @@ def _verify(argv: list[str]) -> int:
         print("exit code: 0 identical, 1 different, 2 not (wholly) engaged, 3 another error\n")
         print(options.help_text())
         return 0
-    given = (chosen.policy, chosen.slots, chosen.mode, chosen.sync, chosen.vram, chosen.vram_margin)
-    config, _ = resolve_config(*given, chosen.prefetch, chosen.prefetch_threshold, chosen.prefetch_experts)
-    programs.check_files(chosen, args, with_trained(config, modelfile.meant(None, args)))
+    programs.checked_config(chosen, args, modelfile.meant(None, args))
     result = verify(  # without `require`: not to engage has an exit code of its own
         args=args,
         n_tokens=_n_tokens(args),

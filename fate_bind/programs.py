@@ -74,19 +74,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     if not program.opens_contexts:
         return _call(program, args)
     args = _complete(command, args)
-    config, _ = resolve_config(
-        chosen.policy,
-        chosen.slots,
-        chosen.mode,
-        chosen.sync,
-        chosen.vram,
-        chosen.vram_margin,
-        chosen.prefetch,
-        chosen.prefetch_threshold,
-        chosen.prefetch_experts,
-    )
-    config = with_trained(config, modelfile.of(args))
-    check_files(chosen, args, config)
+    config = checked_config(chosen, args, modelfile.of(args))
     host = Host(config, None, chosen.record, chosen.require)
     if command == "serve" and _wants_page(args) and not library.has_page():
         print(
@@ -100,16 +88,34 @@ def run(command: str, argv: Sequence[str]) -> int:
     return _Run(program, args, host, chosen).run()
 
 
-def check_files(chosen: Options, args: Sequence[str], config: Config) -> None:
-    """Refuse to write what the run reads; say what is of no effect here."""
-    values = [value for value in os.environ.values() if value.lower().endswith(".gguf")]
+def checked_config(chosen: Options, args: Sequence[str], model: Path | None) -> Config:
+    """Return the configuration meant; refuse to write what the run reads, say what is of no effect here."""
+    config, _ = resolve_config(
+        chosen.policy,
+        chosen.slots,
+        chosen.mode,
+        chosen.sync,
+        chosen.vram,
+        chosen.vram_margin,
+        chosen.prefetch,
+        chosen.prefetch_threshold,
+        chosen.prefetch_experts,
+    )
+    config = with_trained(config, model)
+    options.spare(chosen, _read_by(chosen, args, config))
+    if config.mode != "off" and (chosen.vram or chosen.vram_margin) and not placement.has_gpu():
+        print("fate: vram has no effect: no GPU was found", file=sys.stderr, flush=True)
+    return config
+
+
+def _read_by(chosen: Options, args: Sequence[str], config: Config) -> list[Path]:
+    """Return the files that flags, llama.cpp's environment variables and the configuration name."""
+    values = [value for name, value in os.environ.items() if name.startswith("LLAMA_ARG_")]
     named = [part for arg in (*args, *values) for part in (arg, *arg.split(","))]
     named += [chosen.policy, *(str(value) for value in config.params.values())]
     files = {path for path in map(Path, named) if _is_file(path)} | {modelfile.EMBEDDED}
     files |= {part for path in files for part in modelfile.parts(path)}
-    options.spare(chosen, [*files, *_source_of(config.policy)])
-    if config.mode != "off" and (chosen.vram or chosen.vram_margin) and not placement.has_gpu():
-        print("fate: vram has no effect: no GPU was found", file=sys.stderr, flush=True)
+    return [*files, *_source_of(config.policy)]
 
 
 def _is_file(path: Path) -> bool:

@@ -132,7 +132,7 @@ def counted(totals: Mapping[str, float], tokens: int, machine: Machine, expert_b
     """Return the time that tokens of a run take, from what it counted instead of from every token.
 
     What came late is waited for as far as it was not there; whatever else prefetch brought slows compute. A
-    token whose only misses came late in a layer is counted as one with a miss there.
+    layer whose only misses came late counts as one with a miss.
 
     Parameters
     ----------
@@ -145,9 +145,7 @@ def counted(totals: Mapping[str, float], tokens: int, machine: Machine, expert_b
     misses, rows, whole, prefetches, useful, late = (float(totals.get(name, 0)) for name in names)
     transfer_us = float(np.mean(machine.transfer_us))
     hidden = float(totals.get("prefetch_hidden", 0)) / expert_bytes - useful  # of those late
-    waited = min(
-        max(late - hidden, 0.0), late
-    )  # where layers differ in size the mean may say more than there was
+    waited = min(max(late - hidden, 0.0), late)  # by the mean, where layers differ in size, it may be more
     resident = tokens * float(machine.layer_us.sum())
     stalled = (misses - late) * transfer_us + (rows - whole) * machine.miss_us
     slowed = (prefetches - waited) * transfer_us * (1 - 1 / machine.slowdown)

@@ -222,18 +222,24 @@ def check_part(path: Path) -> None:
             is_free = _locked(file)
     except OSError:
         return  # or what opens it meets the same
-    cannot = f"trace {path} cannot be recorded: "
     if not is_free:
-        raise TraceError(f"{cannot}another recording to {part} is under way; record elsewhere")
+        raise _under_way(path)
     try:
         is_kept = path.exists() and load(part).hash() == load(path).hash()
     except TraceError:
         is_kept = False
     if not is_kept:
         raise TraceError(
-            f"{cannot}{part} holds {size} bytes of another recording, which was killed; `fate report {part}` "
-            "shows it; move it or remove it, or record elsewhere"
+            f"trace {path} cannot be recorded: {part} holds {size} bytes of another recording, which was "
+            f"killed; `fate report {part}` shows it; move it or remove it, or record elsewhere"
         )
+
+
+def _under_way(path: Path) -> TraceError:
+    return TraceError(
+        f"trace {path} cannot be recorded: another recording to {part_of(path)} is under way; record "
+        "elsewhere"
+    )
 
 
 def _locked(file: IO[bytes]) -> bool:
@@ -284,8 +290,12 @@ class TraceWriter:
         self._written_at = time.monotonic()
         check_part(self.path)
         try:
-            self._file: IO[bytes] | None = self.part.open("wb")
-            _locked(self._file)
+            self._file: IO[bytes] | None = self.part.open("ab")
+            if not _locked(self._file):  # begun since it was looked for
+                self._file.close()
+                raise _under_way(self.path)
+            if os.fstat(self._file.fileno()).st_size:
+                self._file.truncate(0)
             self._file.write(_MAGIC)
             self._file.flush()
         except OSError as error:

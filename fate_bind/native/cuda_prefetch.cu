@@ -229,7 +229,7 @@ void fate_cuda_prefetch::look_on(const fate_cuda_layer * layers, size_t from, bo
         return;
     }
     const int32_t at   = static_cast<int32_t>(from);
-    const auto    look = [&](cudaStream_t on) {
+    const auto    look = [&](cudaStream_t on) { // which does not wait by itself: where steps wait, not in the chain
         fate_cuda_launch(fate_look_on, static_cast<int>(n_chunks_[from]), FATE_LOOK_THREADS, n_look_, on, chains_ && !waits_, layers, at,
                          threshold_, wanted_);
     };

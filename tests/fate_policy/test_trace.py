@@ -337,6 +337,8 @@ def test_a_killed_recording_keeps_what_was_flushed(tmp_path: Path) -> None:
 def test_what_an_interrupted_recording_left_may_go_once_its_trace_holds_it(tmp_path: Path) -> None:
     path, steps = tmp_path / "t.npz", list(steps_of(synthetic_trace()))
     writer = trace.TraceWriter(path, synthetic_trace().meta)
+    with pytest.raises(TraceError, match=r"another recording to .*t.npz.part is under way"):
+        trace.TraceWriter(path, synthetic_trace().meta)  # which has nothing to lose yet
     for step in steps:
         writer.append(step)
     writer.flush()

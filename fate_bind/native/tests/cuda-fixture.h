@@ -41,6 +41,17 @@ template <typename T> static std::vector<T> host(const T * p, size_t n, cudaStre
     return out;
 }
 
+// scores[n_experts], then the bonus.
+[[maybe_unused]] static fate_cuda_opening publishing(const float * scores, int32_t n_experts, bool behind) {
+    fate_cuda_opening opening = {};
+    opening.publishes         = true;
+    opening.behind            = behind;
+    opening.scores            = scores;
+    opening.bonus             = scores + n_experts;
+    opening.stride            = n_experts;
+    return opening;
+}
+
 [[maybe_unused]] static void print_prefetches(const char * name, const int64_t * counters) {
     printf("%10s: %lld prefetches, %lld useful, %lld late, %lld wasted, %lld cancelled\n", name,
            static_cast<long long>(counters[FATE_COUNTER_PREFETCHES]), static_cast<long long>(counters[FATE_COUNTER_PREFETCH_USEFUL]),

@@ -144,13 +144,10 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
                 <<<FATE_CUDA_FILL_BLOCKS, FATE_CUDA_THREADS, fate_bring_bytes(s.n_experts), main>>>(layer, call);
             FATE_CUDA(cudaGetLastError());
         };
-        fate_cuda_opening begin = {};
+        fate_cuda_opening begin = publishing(scores, s.n_experts, false);
         begin.begins            = true;
         begin.publishes         = is_due;
-        begin.scores            = scores;
-        begin.bonus             = scores + s.n_experts;
         begin.chances           = at_once ? chances : nullptr;
-        begin.stride            = s.n_experts;
         begin.threshold         = THRESHOLD;
         begin.wanted            = WANTED;
         is_due                  = false;
@@ -250,13 +247,7 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
             twin.publish(scores, scores[s.n_experts], step % 8 == 3);
             is_due = step % 8 != 3; // where the next step begins
             if (!is_due) {
-                fate_cuda_opening opening = {};
-                opening.publishes         = true;
-                opening.behind            = true;
-                opening.scores            = scores;
-                opening.bonus             = scores + s.n_experts;
-                opening.stride            = s.n_experts;
-                fate_open<<<1, FATE_BESIDE_THREADS, 0, main>>>(layers, index, opening);
+                fate_open<<<1, FATE_BESIDE_THREADS, 0, main>>>(layers, index, publishing(scores, s.n_experts, true));
             }
             FATE_CUDA(cudaDeviceSynchronize());
         }

@@ -190,15 +190,9 @@ static void run(const shape & s, bool through_ring, int n_steps, uint32_t seed) 
             for (int32_t e = 0; e < s.n_experts; ++e) {
                 scores[e] = static_cast<float>(random() % 4);
             }
-            scores[s.n_experts]       = static_cast<float>(random() % 3);
-            const bool        behind  = step % 2;
-            fate_cuda_opening opening = {};
-            opening.publishes         = true;
-            opening.behind            = behind;
-            opening.scores            = scores;
-            opening.bonus             = scores + s.n_experts;
-            opening.stride            = s.n_experts;
-            fate_open<<<1, FATE_BESIDE_THREADS>>>(layers, index, opening);
+            scores[s.n_experts] = static_cast<float>(random() % 3);
+            const bool behind   = step % 2;
+            fate_open<<<1, FATE_BESIDE_THREADS>>>(layers, index, publishing(scores, s.n_experts, behind));
             twin.publish(scores, scores[s.n_experts], behind);
             FATE_CUDA(cudaDeviceSynchronize());
         }
