@@ -91,7 +91,7 @@ inline bool fate_cuda_starts_early() {
 
 // Every kernel of ours is launched here, and where it can be into the chain. A plain launch before each token, even of a kernel that does nothing, cost
 // every kernel of the process's graphs from then on a sixth of a microsecond, 4 % of a token of gpt-oss-20b's shape; the same kernel launched into the chain,
-// or a copy, cost nothing of the kind (H200, driver 580). A kernel on a stream beside the step still does, launched either way.
+// or a copy, cost nothing of the kind (H200, driver 580). On a stream beside the step it does either way: see fate_cuda_alone.
 template <typename... Params, typename... Args>
 void fate_cuda_launch(void (*kernel)(Params...), int n_blocks, int n_threads, size_t shared, cudaStream_t stream, bool chained,
                       Args &&... args) {
@@ -162,3 +162,46 @@ cudaGraphNode_t fate_cuda_branch(cudaGraph_t graph, const cudaGraphNode_t * afte
 #endif
     return node;
 }
+
+// A kernel with its arguments as a graph by itself. A kernel launched onto a stream beside the step makes the process's graphs slower, as a plain one before
+// the step does; as a graph it does not (python -m bench.graph_time --arms classifier+token@all-but-one).
+class fate_cuda_alone {
+public:
+    fate_cuda_alone()                                    = default;
+    fate_cuda_alone(const fate_cuda_alone &)             = delete;
+    fate_cuda_alone & operator=(const fate_cuda_alone &) = delete;
+
+    ~fate_cuda_alone() {
+        if (exec_) {
+            cudaGraphExecDestroy(exec_);
+        }
+    }
+
+    // priority: of its blocks, as of a stream's
+    template <typename... Params, typename... Args>
+    void make([[maybe_unused]] int priority, void (*kernel)(Params...), unsigned n_blocks, unsigned n_threads, Args &&... args) {
+        cudaGraph_t graph = nullptr;
+        FATE_CUDA(cudaGraphCreate(&graph, 0));
+        try {
+            [[maybe_unused]] const cudaGraphNode_t node =
+                fate_cuda_branch(graph, nullptr, 0, 0, kernel, n_blocks, n_threads, 0, std::forward<Args>(args)...);
+#if !defined(__HIP__)
+            cudaLaunchAttributeValue value = {};
+            value.priority                 = priority;
+            FATE_CUDA(cudaGraphKernelNodeSetAttribute(node, cudaLaunchAttributePriority, &value));
+#endif
+            FATE_CUDA(cudaGraphInstantiate(&exec_, graph, nullptr, nullptr, 0));
+        } catch (const fate_error &) {
+            cudaGraphDestroy(graph);
+            throw;
+        }
+        cudaGraphDestroy(graph);
+    }
+
+    explicit operator bool() const { return exec_ != nullptr; }
+
+    void launch(cudaStream_t stream) const { FATE_CUDA(cudaGraphLaunch(exec_, stream)); }
+
+private:
+    cudaGraphExec_t exec_ = nullptr;
+};

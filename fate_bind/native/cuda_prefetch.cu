@@ -29,12 +29,12 @@ fate_cuda_prefetch::fate_cuda_prefetch(int ordinal, const fate_device_config & c
     worth_           = fate_worth(ns_per_expert(config), n_views_ > 0 ? FATE_WORTH_LOOK : FATE_WORTH_PLAN);
     int n_processors = 0;
     FATE_CUDA(cudaDeviceGetAttribute(&n_processors, cudaDevAttrMultiProcessorCount, ordinal));
-    n_blocks_   = static_cast<unsigned>(std::max(1, std::min(FATE_CUDA_FILL_BLOCKS, n_processors / 8))); // ops find room beside it
-    int least   = 0;
-    int highest = 0; // of priority, outside of a graph: its blocks do not wait for all of a product
-    FATE_CUDA(cudaDeviceGetStreamPriorityRange(&least, &highest));
-    FATE_CUDA(cudaStreamCreateWithPriority(&side_, cudaStreamNonBlocking, highest));
-    const cudaError_t failed = cudaStreamCreateWithPriority(&looker_, cudaStreamNonBlocking, highest); // last: nothing may throw behind it
+    n_blocks_ = static_cast<unsigned>(std::max(1, std::min(FATE_CUDA_FILL_BLOCKS, n_processors / 8))); // ops find room beside it
+    int least = 0; // of priority; the highest: its blocks do not wait for all of a product
+    FATE_CUDA(cudaDeviceGetStreamPriorityRange(&least, &priority_));
+    FATE_CUDA(cudaStreamCreateWithPriority(&side_, cudaStreamNonBlocking, priority_));
+    const cudaError_t failed =
+        cudaStreamCreateWithPriority(&looker_, cudaStreamNonBlocking, priority_); // last: nothing may throw behind it
     if (failed != cudaSuccess) {
         cudaStreamDestroy(side_);
         FATE_CUDA(failed);
@@ -284,7 +284,14 @@ cudaStream_t fate_cuda_prefetch::beside(cudaStream_t stream, cudaEvent_t begun) 
 }
 
 void fate_cuda_prefetch::fetch(const fate_cuda_layer * layers, cudaStream_t stream, cudaEvent_t planned) {
-    fetch_on(layers, -1, beside(stream, planned));
+    if (waits_) {
+        fetch_on(layers, -1, stream);
+        return;
+    }
+    if (!alone_) {
+        alone_.make(priority_, fate_fetch, n_blocks_, FATE_BESIDE_THREADS, layers, static_cast<int32_t>(n_layers_), -1);
+    }
+    alone_.launch(beside(stream, planned));
 }
 
 // from: the layer that is telling of others, -1: none.

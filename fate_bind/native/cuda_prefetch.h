@@ -78,8 +78,10 @@ private:
     bool                         chains_     = false;            // programmatic dependent launch
     bool                         is_busy_[2] = { false, false }; // side_, looker_: have something of it
     unsigned                     n_blocks_   = 0;                // that copy
-    unsigned long long           capture_    = 0;                // that fetch_ is of, 0: none
-    cudaGraphNode_t              fetch_      = nullptr;          // its last that copies
-    cudaStream_t                 side_       = nullptr;          // copies
-    cudaStream_t                 looker_     = nullptr;
+    int                          priority_   = 0;                // of what is beside the step, outside of its graph
+    fate_cuda_alone              alone_;                         // what copies from the token's start on
+    unsigned long long           capture_ = 0;                   // that fetch_ is of, 0: none
+    cudaGraphNode_t              fetch_   = nullptr;             // its last that copies
+    cudaStream_t                 side_    = nullptr;             // copies
+    cudaStream_t                 looker_  = nullptr;
 };

@@ -40,7 +40,13 @@
 #define cudaGetErrorString                          hipGetErrorString
 #define cudaGetLastError                            hipGetLastError
 #define cudaGraphAddKernelNode                      hipGraphAddKernelNode
+#define cudaGraphCreate                             hipGraphCreate
+#define cudaGraphDestroy                            hipGraphDestroy
+#define cudaGraphExecDestroy                        hipGraphExecDestroy
+#define cudaGraphExec_t                             hipGraphExec_t
 #define cudaGraphGetNodes                           hipGraphGetNodes
+#define cudaGraphInstantiate                        hipGraphInstantiate
+#define cudaGraphLaunch                             hipGraphLaunch
 #define cudaGraphNode_t                             hipGraphNode_t
 #define cudaGraph_t                                 hipGraph_t
 #define cudaHostAlloc                               hipHostMalloc
