@@ -17,9 +17,10 @@ import ctypes, sys
 from bench.graph_time import taken
 cuda = ctypes.CDLL(sys.argv[1])
 launch = ctypes.CDLL(None).cudaGraphLaunch
-stream = ctypes.c_void_p(7)
+stream, beside = ctypes.c_void_p(7), ctypes.c_void_p(8)
 status = [launch(ctypes.c_void_p(40 + i), stream) for i in range(9)]
 first = taken().tolist()
+status += [launch(ctypes.c_void_p(90), beside)]
 status += [launch(ctypes.c_void_p(50), stream)]
 print(status, first, taken().tolist(), cuda.n_launched())
 """
@@ -33,10 +34,11 @@ int cudaEventElapsedTime(float *ms, void *from, void *to) {
   *ms = (float)(at[(uintptr_t)to] - at[(uintptr_t)from]);
   return 0;
 }
+int cudaStreamGetPriority(void *stream, int *priority) { *priority = stream == (void *)8 ? -5 : 0; return 0; }
 int cudaGraphLaunch(void *graph, void *stream) {
-  now += (int)(uintptr_t)graph;
+  now += stream == (void *)7 ? (int)(uintptr_t)graph : 0; // the other runs beside
   ++n_launches;
-  return stream != (void *)7;
+  return stream != (void *)7 && stream != (void *)8;
 }
 int n_launched(void) { return n_launches; }
 """
@@ -56,7 +58,7 @@ def test_launches_are_timed(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     # a launch is read when IN_FLIGHT more have been made
     assert graph_time.IN_FLIGHT == 4
-    assert done.stdout.split("\n")[0] == f"{[0] * 10} [40.0, 41.0, 42.0, 43.0, 44.0] [45.0] 10"
+    assert done.stdout.split("\n")[0] == f"{[0] * 11} [40.0, 41.0, 42.0, 43.0, 44.0] [45.0] 11"
 
 
 def test_a_line_tells_both(capsys: pytest.CaptureFixture[str]) -> None:
