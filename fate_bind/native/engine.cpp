@@ -275,7 +275,7 @@ bool fate_engine::ubatch_end(bool ok) {
         held_back_ = !sync_;
         followed_  = false;
         if (linear_ && !policy_failed_ && !devices_.empty() && is_told()) {
-            linear_->warm();
+            linear_->warm(false);
         }
     }
     current_ = 1 - current_;

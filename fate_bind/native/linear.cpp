@@ -74,6 +74,7 @@ fate_linear::fate_linear(const fate_linear_model & model) :
     uses_(size()),
     total_(model.rank_basis) {
     columns_.reserve(FATE_LINEAR_LATER * width());
+    due_.ids.resize(width());
     sequences_.reserve(FATE_LINEAR_MAX_SEQUENCES);
     for (size_t piece = 0; piece < FATE_LINEAR_CONTEXTS; ++piece) {
         squeeze_.push_back({ { model.squeeze + piece * model.rank_basis * model.rank }, model.rank_basis, model.rank });
@@ -90,6 +91,7 @@ fate_linear::fate_linear(const fate_linear_model & model) :
 }
 
 void fate_linear::reset() {
+    due_.is_there  = false;
     const size_t n = model_.max_experts;
     for (int32_t layer = 0; layer < model_.n_layers; ++layer) {
         for (int32_t i = 0; i < FATE_LINEAR_RATES; ++i) {
@@ -199,32 +201,30 @@ void fate_linear::check_ids(const int32_t * ids) const {
 }
 
 void fate_linear::observe(const int32_t * ids, int32_t token, int32_t sequence) {
+    note(ids, token, sequence);
+    finish();
+}
+
+// Takes in all that the next token is told by.
+void fate_linear::note(const int32_t * ids, int32_t token, int32_t sequence) {
     check_ids(ids);
+    finish();
     if (token != token_ || sequence != sequence_) {
         expect(token, sequence, FATE_LINEAR_UNKNOWN);
     }
     const int32_t n = model_.max_experts, rank = model_.rank_basis;
-    math_.decay(rates_.data(), age_.data(), model_.rate_keep, model_.n_layers, n);
+    std::copy_n(ids, width(), due_.ids.begin());
+    due_.is_there     = true;
+    due_.token        = token_;
+    due_.before       = before_;
+    due_.oldest.token = FATE_LINEAR_UNKNOWN;
     std::fill(total_.begin(), total_.end(), 0.0f);
-    columns_.clear();
-    for (int32_t layer = 0; layer < model_.n_layers; ++layer) {
-        for (int32_t i = 0; i < model_.max_k; ++i) {
-            const int32_t id = ids[layer * model_.max_k + i];
-            if (id < 0) {
-                continue;
-            }
-            float * rate = &rates_[static_cast<size_t>(layer) * FATE_LINEAR_RATES * n + id];
-            for (int32_t r = 0; r < FATE_LINEAR_RATES; ++r) {
-                rate[r * n] += 1 - model_.rate_keep[r];
-            }
-            const size_t  column = static_cast<size_t>(layer) * n + id;
-            const float * row    = model_.basis + column * rank;
+    for (size_t i = 0; i < width(); ++i) {
+        if (ids[i] >= 0) {
+            const float * row = model_.basis + (i / model_.max_k * n + ids[i]) * rank;
             for (int32_t r = 0; r < rank; ++r) {
                 total_[r] += row[r];
             }
-            age_[column]  = 1.0f;
-            uses_[column] = 1.0;
-            columns_.push_back(static_cast<uint32_t>(column));
         }
     }
     for (int32_t r = 0; r < rank; ++r) {
@@ -243,9 +243,6 @@ void fate_linear::observe(const int32_t * ids, int32_t token, int32_t sequence) 
         }
         learn(here);
     }
-    for (uint32_t column : columns_) {
-        uses_[column] = 0.0;
-    }
     if (here.n_tokens == FATE_LINEAR_MOST_GRAM) {
         memmove(here.tokens, here.tokens + 1, (FATE_LINEAR_MOST_GRAM - 1) * sizeof(int32_t));
         --here.n_tokens;
@@ -254,7 +251,41 @@ void fate_linear::observe(const int32_t * ids, int32_t token, int32_t sequence) 
     expect(FATE_LINEAR_UNKNOWN, sequence, FATE_LINEAR_UNKNOWN);
 }
 
-void fate_linear::step(const fate_step & step) {
+// Counts it.
+void fate_linear::finish() {
+    if (!due_.is_there) {
+        return;
+    }
+    due_.is_there   = false;
+    const int32_t n = model_.max_experts;
+    math_.decay(rates_.data(), age_.data(), model_.rate_keep, model_.n_layers, n);
+    columns_.clear();
+    for (size_t i = 0; i < width(); ++i) {
+        const int32_t id = due_.ids[i];
+        if (id < 0) {
+            continue;
+        }
+        const size_t layer = i / model_.max_k, column = layer * n + id;
+        float *      rate = &rates_[layer * FATE_LINEAR_RATES * n + id];
+        for (int32_t r = 0; r < FATE_LINEAR_RATES; ++r) {
+            rate[r * n] += 1 - model_.rate_keep[r];
+        }
+        age_[column]  = 1.0f;
+        uses_[column] = 1.0;
+        columns_.push_back(static_cast<uint32_t>(column));
+    }
+    if (model_.learn && due_.token != FATE_LINEAR_UNKNOWN) {
+        count(due_.token, due_.before, 0, history_sum(n_seen_ - 1), 1.0f);
+    }
+    if (due_.oldest.token != FATE_LINEAR_UNKNOWN) {
+        learn_later(due_.oldest);
+    }
+    for (uint32_t column : columns_) {
+        uses_[column] = 0.0;
+    }
+}
+
+void fate_linear::step(const fate_step & step, bool defers) {
     expect_true(step.n_layers == model_.n_layers, "n_layers of a step", step.n_layers, "the model's");
     expect_true(step.k == model_.max_k, "k of a step", step.k, "the model's max_k");
     const int32_t first = std::max(0, step.n_tokens - FATE_LINEAR_MOST_ROWS);
@@ -262,7 +293,10 @@ void fate_linear::step(const fate_step & step) {
         check_ids(step.ids + i * width());
     }
     for (int32_t i = first; i < step.n_tokens; ++i) {
-        observe(step.ids + i * width(), step.tokens[i], step.sequences[i]);
+        note(step.ids + i * width(), step.tokens[i], step.sequences[i]);
+    }
+    if (!defers) {
+        finish();
     }
 }
 
@@ -279,17 +313,11 @@ void fate_linear::learn(fate_linear_sequence & here) {
             seen_[level].put(gram_[level], position);
         }
     }
-    if (token_ != FATE_LINEAR_UNKNOWN) {
-        count(token_, before_, 0, total_.data(), 1.0f);
-    }
     here.pending[here.n_pending++] = { token_, before_, position };
     if (here.n_pending > FATE_LINEAR_LATER) {
-        const fate_linear_sequence::occurrence oldest = here.pending[0];
+        due_.oldest = here.pending[0];
         memmove(here.pending, here.pending + 1, FATE_LINEAR_LATER * sizeof(here.pending[0]));
         --here.n_pending;
-        if (oldest.token != FATE_LINEAR_UNKNOWN) {
-            learn_later(oldest);
-        }
     }
 }
 

@@ -14,29 +14,47 @@ public:
     void expect(int32_t token, int32_t sequence, int32_t position);
     // ids[n_layers][max_k], best first, -1: not run; distinct within a layer
     void observe(const int32_t * ids, int32_t token, int32_t sequence);
-    void step(const fate_step & step);
+    // defers: what tell() can do without is left to finish(), or to whatever needs it first.
+    void step(const fate_step & step, bool defers = false);
+    void finish();
 
     bool has_scores() const { return n_heads_ > 1; }
 
-    // Reads what the next token's answers take and the next step's learning changes, and changes nothing: waiting for a GPU leaves the caches cold, and until it is
-    // done there is time.
-    void warm();
+    // Reads what the answers to the next token take, or where it is only told what tell() does, and what learning from it changes; changes nothing. Waiting for a
+    // GPU leaves the caches cold, and until it is done there is time.
+    void warm(bool is_only_told);
 
-    // Of the token told last. Both are made by the first question.
+    // Of the token that is expected. Both are made by the first question.
     void chances(float * out);
     void scores(float * out, float * bonus); // has_scores() only
+
+    // Instead of answers, what somebody else takes to make them who keeps what is known of each expert.
+    fate_linear_told tell();
+    // Adds what is known of each expert.
+    void tell_all(fate_linear_told & told);
+
+    // Tokens taken in.
+    int64_t n_observed() const { return n_observed_; }
+
+    const fate_linear_model &  model() const { return model_; }
+    int32_t                    n_heads() const { return n_heads_; }
+    const fate_linear_matrix & fold() const { return fold_; }         // columns [heads][n_layers][max_experts]
+    const std::vector<float> & constant() const { return constant_; } // of these
 
 private:
     void                   check_ids(const int32_t * ids) const;
     void                   restore(fate_linear_rows & rows, const fate_linear_table & saved, int32_t n_columns, bool is_pairs);
     fate_linear_sequence * find(int32_t sequence);
     fate_linear_sequence & take(int32_t sequence);
+    void                   note(const int32_t * ids, int32_t token, int32_t sequence);
+    bool                   is_due_first() const;
     void                   learn(fate_linear_sequence & here);
     void                   learn_later(const fate_linear_sequence::occurrence & of);
     void                   count(int32_t token, int32_t before, int32_t when, const float * total, float weight);
     void                   evaluate();
     void                   make_context();
     void                   add_repeat();
+    int32_t                repeated(int64_t * after) const;
     int32_t                following(int64_t position, int32_t n, int64_t * found) const;
 
     size_t   size() const { return static_cast<size_t>(model_.n_layers) * model_.max_experts; }
@@ -48,13 +66,13 @@ private:
     fate_linear_model               model_;
     const fate_linear_math &        math_;
     int32_t                         n_heads_;
-    std::vector<fate_linear_matrix> squeeze_;  // of each piece of the context
-    fate_linear_matrix              fold_;     // columns [heads][n_layers][max_experts]
-    std::vector<float>              constant_; // of these
+    std::vector<fate_linear_matrix> squeeze_; // of each piece of the context
+    fate_linear_matrix              fold_;
+    std::vector<float>              constant_;
 
-    std::vector<float>                rates_;  // [n_layers][FATE_LINEAR_RATES][max_experts]
+    std::vector<float>                rates_; // [n_layers][FATE_LINEAR_RATES][max_experts]
     std::vector<float>                age_;
-    std::vector<float>                last_;   // what the newest token routed, summed up
+    std::vector<float>                last_;  // what the newest token routed, summed up
     std::vector<float>                decayed_;
     fate_linear_rows                  tokens_;
     fate_linear_rows                  pairs_;
@@ -65,6 +83,14 @@ private:
     int64_t                           n_seen_ = 0;
     std::vector<fate_linear_sequence> sequences_;
     int64_t                           n_observed_ = 0;
+
+    // of the token observed last, what finish() is to do
+    struct {
+        bool                             is_there = false;
+        std::vector<int32_t>             ids;         // [n_layers][max_k]
+        int32_t                          token = FATE_LINEAR_UNKNOWN, before = FATE_LINEAR_UNKNOWN;
+        fate_linear_sequence::occurrence oldest = {}; // that is learned from, FATE_LINEAR_UNKNOWN: none
+    } due_;
 
     // the token told
     int32_t token_    = FATE_LINEAR_UNKNOWN;

@@ -11,6 +11,7 @@ void fate_linear::evaluate() {
     if (is_evaluated_) {
         return;
     }
+    finish();
     const size_t n = model_.max_experts;
     scores_        = constant_;
     make_context();
@@ -38,9 +39,11 @@ void fate_linear::evaluate() {
             }
         }
         for (int32_t h = 0; h < n_heads_; ++h) {
-            memcpy(weights[h], heads[h]->weights + l * FATE_LINEAR_FEATURES, sizeof(weights[h]));
+            const float * fitted = heads[h]->weights + l * FATE_LINEAR_FEATURES;
+            memcpy(weights[h], fitted, sizeof(weights[h]));
             for (int32_t i = 0; i < FATE_LINEAR_EARLY; ++i) {
-                weights[h][FATE_LINEAR_LOG_RATE + model_.early_of[i]] += early_ * weights[h][FATE_LINEAR_EARLY_LOG + i];
+                const int32_t feature = FATE_LINEAR_LOG_RATE + model_.early_of[i];
+                weights[h][feature]   = fate_weight(fitted, feature, model_.early_of, early_);
             }
             layer.weights[h] = weights[h];
             layer.scores[h]  = &scores_[h * size() + l * n];
@@ -57,7 +60,11 @@ static void touch(const void * from, size_t n_bytes) {
     }
 }
 
-void fate_linear::warm() {
+void fate_linear::warm(bool is_only_told) {
+    if (is_only_told) {
+        make_context();
+        return;
+    }
     is_evaluated_ = false;
     evaluate();
     const auto touch_rows = [&](int32_t token, int32_t before, int32_t when) {
@@ -127,23 +134,15 @@ void fate_linear::make_context() {
 // Adds what was used at, and after, the last occurrence of the context.
 void fate_linear::add_repeat() {
     const fate_linear_head * heads[] = { &model_.now, &model_.keep };
-    int64_t                  after[FATE_LINEAR_FOLLOW + 1];
-    after[0]              = match_;
-    const int32_t n_after = 1 + following(match_, FATE_LINEAR_FOLLOW, after + 1);
+    int64_t                  after[FATE_LINEAR_REPEAT_TOKENS];
+    const int32_t            n_after = repeated(after);
     for (int32_t h = 0; h < n_heads_; ++h) {
         float * scores = &scores_[h * size()];
         for (int32_t l = 0; l < model_.n_layers; ++l, scores += model_.max_experts) {
-            const float * weights           = heads[h]->weights + l * FATE_LINEAR_FEATURES + FATE_LINEAR_REPEAT;
-            float         now_soon_later[3] = {};
-            for (int32_t i = 0; i < 3; ++i) {
-                for (int32_t level = 0; level <= match_level_; ++level) {
-                    now_soon_later[i] += weights[i * FATE_LINEAR_NGRAMS + level];
-                }
-            }
+            const float * weights = heads[h]->weights + l * FATE_LINEAR_FEATURES;
             for (int32_t i = 0; i < n_after; ++i) {
-                const uint16_t * used = &history_used_[slot(after[i]) * width() + static_cast<size_t>(l) * model_.max_k];
-                const float      value =
-                    i == 0 ? now_soon_later[0] : now_soon_later[1] * model_.soon[i - 1] + now_soon_later[2] * model_.later[i - 1];
+                const uint16_t * used  = &history_used_[slot(after[i]) * width() + static_cast<size_t>(l) * model_.max_k];
+                const float      value = fate_repeat_value(weights, match_level_, i, model_.soon, model_.later);
                 for (int32_t j = 0; j < model_.max_k; ++j) {
                     if (used[j] != UINT16_MAX) {
                         scores[used[j]] += value;
@@ -152,6 +151,65 @@ void fate_linear::add_repeat() {
             }
         }
     }
+}
+
+// The positions from the last occurrence of the context on; returns how many, 0: there was none.
+int32_t fate_linear::repeated(int64_t * after) const {
+    if (match_ < 0) {
+        return 0;
+    }
+    after[0] = match_;
+    return 1 + following(match_, FATE_LINEAR_FOLLOW, after + 1);
+}
+
+// Whether what is due changes what the token at hand is told by.
+bool fate_linear::is_due_first() const {
+    if (!due_.is_there || !model_.learn || token_ == FATE_LINEAR_UNKNOWN) {
+        return false;
+    }
+    if (token_ == due_.token || token_ == due_.oldest.token) {
+        return true;
+    }
+    const auto drops = [](const fate_linear_rows & rows, int64_t occurs, int64_t asked) {
+        const int32_t dropped = rows.dropped_by(occurs);
+        return dropped >= 0 && dropped == rows.get(asked);
+    };
+    return due_.token != FATE_LINEAR_UNKNOWN &&
+           (drops(tokens_, due_.token, token_) ||
+            drops(pairs_, fate_linear_rows::pair_key(due_.before, due_.token), fate_linear_rows::pair_key(before_, token_)));
+}
+
+fate_linear_told fate_linear::tell() {
+    if (is_due_first()) {
+        finish();
+    }
+    make_context();
+    fate_linear_told told           = {};
+    told.unit                       = fold_.make_whole(math_, squeezed_.data());
+    told.context                    = fold_.whole().data();
+    told.early                      = early_;
+    const fate_linear_rows * rows[] = { &tokens_, &pairs_ };
+    for (int32_t pair = 0; pair < 2 && token_ != FATE_LINEAR_UNKNOWN; ++pair) {
+        const int32_t at = rows[pair]->get(pair ? fate_linear_rows::pair_key(before_, token_) : token_);
+        for (int32_t later = 0; later < 2 && at >= 0; ++later) {
+            told.n[later][pair]    = rows[pair]->n(at, later);
+            told.sums[later][pair] = told.n[later][pair] > 0 ? rows[pair]->sums(at, later) : nullptr;
+        }
+    }
+    int64_t after[FATE_LINEAR_REPEAT_TOKENS];
+    told.level  = match_level_;
+    told.n_used = repeated(after);
+    for (int32_t i = 0; i < told.n_used; ++i) {
+        told.used[i] = &history_used_[slot(after[i]) * width()];
+    }
+    return told;
+}
+
+void fate_linear::tell_all(fate_linear_told & told) {
+    finish();
+    told.rates    = rates_.data();
+    told.age      = age_.data();
+    told.advances = false;
 }
 
 void fate_linear::chances(float * out) {

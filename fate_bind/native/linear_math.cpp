@@ -11,48 +11,6 @@
 #    define FATE_ALONE
 #endif
 
-static const float STRENGTH[2][2] = {
-    { 2.0f, 1.0f },
-    { 4.0f, 4.0f },
-}; // of what a token's, a pair's counts back off to: [now, later]
-static const int32_t MIDDLE = 4, SLOW = 6; // the rates whose mean stands for an expert's base rate: by 16 and by 64 tokens
-
-// Of a positive number that is not tiny; off by 1e-6 of it at most. The number is split into 2^n and what is near 1.
-FATE_INLINE float fast_log(float value) {
-    const uint32_t bits     = fate_to_bits(value);
-    const int32_t  exponent = static_cast<int32_t>(bits - 0x3f3504f3u) >> 23; // 2^-0.5 and up: 0
-    const float    t        = fate_of_bits(bits - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
-    float          p        = 0.11896102f;
-    p                       = p * t - 0.18667853f;
-    p                       = p * t + 0.2049633f;
-    p                       = p * t - 0.24909744f;
-    p                       = p * t + 0.33314509f;
-    p                       = p * t - 0.50001113f;
-    p                       = p * t + 1.00000097f;
-    return p * t + static_cast<float>(exponent) * 0.69314718f;
-}
-
-FATE_INLINE float fast_exp(float value) {
-    float t           = value * 1.44269504f;
-    t                 = t < -126.0f ? -126.0f : t;
-    t                 = t > 126.0f ? 126.0f : t;
-    // adding so large a number rounds to a whole one
-    const float whole = (t + 12582912.0f) - 12582912.0f;
-    const float f     = t - whole;
-    float       p     = 0.00132765f;
-    p                 = p * f + 0.00967554f;
-    p                 = p * f + 0.05550713f;
-    p                 = p * f + 0.2402212f;
-    p                 = p * f + 0.69314697f;
-    p                 = p * f + 1.00000007f;
-    return p * fate_of_bits(static_cast<uint32_t>(static_cast<int32_t>(whole) + 127) << 23);
-}
-
-// Of a half that is 0 or more, and finite.
-FATE_INLINE float of_count(uint16_t half) {
-    return fate_of_bits(static_cast<uint32_t>(half) << 13) * 0x1p112f;
-}
-
 FATE_INLINE float whole(const float * numbers, int32_t n, int32_t most_sum, int16_t * whole) {
     const float * FATE_ALONE from = numbers;
     int16_t * FATE_ALONE     to   = whole;
@@ -90,7 +48,7 @@ FATE_INLINE void add_dots(const int16_t * columns, const int16_t * factors, int3
         for (int32_t i = 0; i < n_rows; ++i) {
             sum += a[i] * b[i];
         }
-        to[j] += unit * scale[j] * static_cast<float>(sum);
+        to[j] = fate_with_dot(to[j], unit, scale[j], sum);
     }
 }
 
@@ -99,12 +57,11 @@ FATE_INLINE void decay(float * rates, float * age, const float * keep, int32_t n
         float * FATE_ALONE rate  = rates + static_cast<int64_t>(i) * n_experts;
         const float        share = keep[i % FATE_LINEAR_RATES];
         for (int32_t e = 0; e < n_experts; ++e) {
-            rate[e] *= share;
+            rate[e] = fate_next_rate(rate[e], share, false);
         }
     }
     for (int32_t i = 0; i < n_layers * n_experts; ++i) {
-        const float grown = age[i] + 1.0f;
-        age[i]            = grown < FATE_LINEAR_MAX_AGE ? grown : static_cast<float>(FATE_LINEAR_MAX_AGE);
+        age[i] = fate_next_age(age[i], false);
     }
 }
 
@@ -118,9 +75,9 @@ FATE_INLINE void add(const fate_linear_layer & layer, const float * feature, int
     const float              a1 = first < 0 ? 0.0f : layer.weights[N - 1][first], b1 = layer.weights[N - 1][second];
     for (int32_t e = 0; e < layer.n_experts; ++e) {
         const float y = of(x[e]);
-        s0[e] += a0 * x[e] + b0 * y;
+        s0[e]         = fate_with(s0[e], a0, x[e], b0, y);
         if (N > 1) {
-            s1[e] += a1 * x[e] + b1 * y;
+            s1[e] = fate_with(s1[e], a1, x[e], b1, y);
         }
     }
 }
@@ -128,14 +85,14 @@ FATE_INLINE void add(const fate_linear_layer & layer, const float * feature, int
 template <int N> FATE_INLINE void score_heads(const fate_linear_layer & layer) {
     const int32_t n = layer.n_experts;
     for (int32_t h = 0; h < FATE_LINEAR_RATES; ++h) {
-        add<N>(layer, layer.rates + h * n, FATE_LINEAR_RATE + h, FATE_LINEAR_LOG_RATE + h, [](float x) { return fast_log(x + 0.02f); });
+        add<N>(layer, layer.rates + h * n, FATE_LINEAR_RATE + h, FATE_LINEAR_LOG_RATE + h, [](float x) { return fate_log_of_rate(x); });
     }
-    add<N>(layer, layer.age, -1, FATE_LINEAR_LOG_AGE, [](float x) { return fast_log(x); });
+    add<N>(layer, layer.age, -1, FATE_LINEAR_LOG_AGE, [](float x) { return fate_fast_log(x); });
     float * FATE_ALONE       base   = layer.scratch;
-    const float * FATE_ALONE middle = layer.rates + MIDDLE * n;
-    const float * FATE_ALONE slow   = layer.rates + SLOW * n;
+    const float * FATE_ALONE middle = layer.rates + FATE_LINEAR_MIDDLE * n;
+    const float * FATE_ALONE slow   = layer.rates + FATE_LINEAR_SLOW * n;
     for (int32_t e = 0; e < n; ++e) {
-        base[e] = 0.5f * (middle[e] + slow[e]);
+        base[e] = fate_base_rate(middle[e], slow[e]);
     }
     for (int32_t later = 0; later < 2; ++later) {
         const float * share = base;
@@ -144,18 +101,18 @@ template <int N> FATE_INLINE void score_heads(const fate_linear_layer & layer) {
                 const uint16_t * FATE_ALONE sums     = layer.sums[later][pair];
                 const float * FATE_ALONE    before   = share;
                 float * FATE_ALONE          made     = layer.scratch + (1 + pair) * n;
-                const float                 strength = STRENGTH[later][pair];
+                const float                 strength = fate_strength(later != 0, pair != 0);
                 const float                 inverse  = 1.0f / (layer.n[later][pair] + strength);
                 for (int32_t e = 0; e < n; ++e) {
-                    made[e] = (of_count(sums[e]) + strength * before[e]) * inverse;
+                    made[e] = fate_share(sums[e], strength, before[e], inverse);
                 }
                 share = made;
             }
             const int32_t second = (later ? FATE_LINEAR_TOKEN_LATER : FATE_LINEAR_TOKEN_NOW) + pair;
             if (later) {
-                add<N>(layer, share, -1, second, [](float x) { return fast_log(x + 0.01f); });
+                add<N>(layer, share, -1, second, [](float x) { return fate_log_of_share(x, true); });
             } else {
-                add<N>(layer, share, -1, second, [](float x) { return fast_log((x + 0.01f) / (1.01f - x)); });
+                add<N>(layer, share, -1, second, [](float x) { return fate_log_of_share(x, false); });
             }
         }
     }
@@ -173,7 +130,7 @@ FATE_INLINE void chances(const float * log_odds, int32_t n, float * chances) {
     const float * FATE_ALONE from = log_odds;
     float * FATE_ALONE       to   = chances;
     for (int32_t i = 0; i < n; ++i) {
-        to[i] = 1.0f / (1.0f + fast_exp(-from[i]));
+        to[i] = fate_chance_of(from[i]);
     }
 }
 

@@ -1,12 +1,7 @@
 // The loops of a linear model of routing that take time: over experts that lie side by side, for this processor or for any. No allocation.
 #pragma once
 
-#include "fate.h"
-
-#include <cstdint>
-#include <cstring>
-
-static const int32_t FATE_LINEAR_HEADS = 2;
+#include "linear_rule.h"
 
 // One layer as the heads see it.
 struct fate_linear_layer {
@@ -35,18 +30,6 @@ struct fate_linear_math {
 
 // The i-th of those that this processor can run, the fastest first, what all can run last; null: there are no more.
 const fate_linear_math * fate_linear_math_of(int32_t i);
-
-inline float fate_of_bits(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof(value));
-    return value;
-}
-
-inline uint32_t fate_to_bits(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof(bits));
-    return bits;
-}
 
 // IEEE's 16 bits; to the nearest, ties to even.
 inline float fate_of_half(uint16_t half) {

@@ -52,12 +52,25 @@ public:
 
     // sums[n_columns] += vector[n_rows] x matrix
     void add(const fate_linear_math & math, const float * vector, float * sums) {
+        const float unit = make_whole(math, vector);
+        math.add_dots(numbers_.data(), whole_.data(), stride_, n_columns_, column_scale_.data(), unit, sums);
+    }
+
+    // Makes whole() of a vector; returns what its numbers are to be multiplied by.
+    float make_whole(const fate_linear_math & math, const float * vector) {
         for (int32_t row = 0; row < n_rows_; ++row) {
             scaled_[row] = vector[row] * row_scale_[row];
         }
-        const float unit = math.whole(scaled_.data(), stride_, MOST_SUM, whole_.data());
-        math.add_dots(numbers_.data(), whole_.data(), stride_, n_columns_, column_scale_.data(), unit, sums);
+        return math.whole(scaled_.data(), stride_, MOST_SUM, whole_.data());
     }
+
+    const std::vector<int16_t> & whole() const { return whole_; }
+
+    const std::vector<int16_t> & numbers() const { return numbers_; } // [n_columns][stride]
+
+    const std::vector<float> & column_scale() const { return column_scale_; }
+
+    int32_t stride() const { return stride_; }
 
 private:
     int32_t              n_rows_ = 0, n_columns_ = 0, stride_ = 0;

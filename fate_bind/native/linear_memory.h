@@ -75,6 +75,9 @@ public:
         return row;
     }
 
+    // The row that makes room if a key occurs, -1: none does.
+    int32_t dropped_by(int64_t key) const { return n_rows_ < capacity_ || get(key) >= 0 ? -1 : newer_[capacity_]; }
+
     // A row of zeros for a key that has none.
     int32_t make(int64_t key) {
         int32_t row = n_rows_;

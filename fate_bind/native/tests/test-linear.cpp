@@ -1,118 +1,140 @@
 // The linear model of routing with made-up numbers: its loops against plain ones, its memory, and what it may read and change. That it says what Python says is
 // tested from there.
 #include "check.h"
-#include "linear.h"
+#include "linear-fixture.h"
 
 #include <cmath>
-#include <random>
-
-static const int32_t N_LAYERS = 3, MAX_EXPERTS = 37, MAX_K = 4, BASIS = 5, RANK = 7; // no multiples of anything
-static const int32_t SIZE = N_LAYERS * MAX_EXPERTS;
-
-static std::mt19937 generator(1);
-
-static std::vector<float> numbers(size_t n, float scale = 0.3f) {
-    std::normal_distribution<float> normal(0.0f, scale);
-    std::vector<float>              made(n);
-    for (float & number : made) {
-        number = normal(generator);
-    }
-    return made;
-}
-
-struct made_up {
-    std::vector<int32_t>  n_experts = { 8, MAX_EXPERTS, 16 };
-    std::vector<float>    even = std::vector<float>(SIZE, 0.1f), basis = numbers(SIZE * BASIS), center = numbers(BASIS);
-    std::vector<float>    squeeze   = numbers(FATE_LINEAR_CONTEXTS * BASIS * RANK);
-    std::vector<float>    rate_keep = { 0.5f, 0.7f, 0.8f, 0.9f, 0.95f, 0.97f, 0.98f, 0.99f }, context_keep = { 0.8f, 0.9f };
-    std::vector<float>    soon = std::vector<float>(FATE_LINEAR_FOLLOW, 0.03f), later = soon, credit = { 0.3f, 0.2f, 0.15f, 0.1f, 0.1f };
-    std::vector<int32_t>  early_of = { 2, 4, 6, 7 }, ngrams = { 2, 4, 8 };
-    std::vector<float>    weights[2] = { numbers(N_LAYERS * FATE_LINEAR_FEATURES), numbers(N_LAYERS * FATE_LINEAR_FEATURES) };
-    std::vector<float>    fold[2] = { numbers(RANK * SIZE), numbers(RANK * SIZE) }, constant[2] = { numbers(SIZE), numbers(SIZE) };
-    std::vector<float>    bonus = numbers(N_LAYERS);
-    std::vector<int64_t>  keys = { 3, 4, 5 }, pair_keys = { 1, 3, 2, 4, 3, 5 };
-    std::vector<float>    n    = { 4, 2, 6, 3, 8, 1 };
-    std::vector<uint16_t> sums = std::vector<uint16_t>(3 * 2 * (SIZE + BASIS), fate_to_half(1.5f));
-
-    fate_linear_model model(int32_t capacity = 6, bool has_scores = true) {
-        fate_linear_model m = {};
-        m.n_layers          = N_LAYERS;
-        m.max_experts       = MAX_EXPERTS;
-        m.max_k             = MAX_K;
-        m.rank_basis        = BASIS;
-        m.rank              = RANK;
-        m.n_experts         = n_experts.data();
-        m.even_rates        = even.data();
-        m.basis             = basis.data();
-        m.center            = center.data();
-        m.squeeze           = squeeze.data();
-        m.rate_keep         = rate_keep.data();
-        m.context_keep      = context_keep.data();
-        m.soon              = soon.data();
-        m.later             = later.data();
-        m.credit            = credit.data();
-        m.early_of          = early_of.data();
-        m.early_tokens      = 24;
-        m.early_end         = 384;
-        m.ngrams            = ngrams.data();
-        m.n_history         = 70;
-        m.learn             = 1;
-        m.tokens            = { capacity, 3, keys.data(), n.data(), sums.data() };
-        m.pairs             = { capacity, 3, pair_keys.data(), n.data(), sums.data() };
-        m.now               = { weights[0].data(), fold[0].data(), constant[0].data(), bonus.data() };
-        if (has_scores) {
-            m.keep = { weights[1].data(), fold[1].data(), constant[1].data(), bonus.data() };
-        }
-        return m;
-    }
-};
-
-static std::vector<int32_t> route(const made_up & made) {
-    std::vector<int32_t> ids(N_LAYERS * MAX_K, -1);
-    for (int32_t layer = 0; layer < N_LAYERS; ++layer) {
-        const int32_t first = static_cast<int32_t>(generator() % made.n_experts[layer]);
-        for (int32_t i = 0; i < MAX_K && generator() % 16 != 0; ++i) {
-            ids[layer * MAX_K + i] = (first + i) % made.n_experts[layer];
-        }
-    }
-    return ids;
-}
-
-struct answer {
-    std::vector<float> chances = std::vector<float>(SIZE), scores = std::vector<float>(SIZE), bonus = std::vector<float>(N_LAYERS);
-
-    bool operator==(const answer & other) const { return chances == other.chances && scores == other.scores && bonus == other.bonus; }
-};
-
-static answer ask(fate_linear & linear) {
-    answer got;
-    linear.chances(got.chances.data());
-    if (linear.has_scores()) {
-        linear.scores(got.scores.data(), got.bonus.data());
-    }
-    return got;
-}
 
 // Follows n tokens of several sequences, with repeats; returns all answers.
 static std::vector<answer> follow(fate_linear & linear, const made_up & made, int32_t n, uint32_t seed, bool warms = false) {
     generator.seed(seed);
     std::vector<answer> answers;
     for (int32_t t = 0; t < n; ++t) {
-        const int32_t token    = t % 11 == 0 ? -1 : t / 3 % 2 ? t % 7 : static_cast<int32_t>(generator() % 20);
-        const int32_t sequence = t < n / 2 ? t / 40 % 2 : t; // at last more than are kept
-        if (t % 5 != 0) {
-            linear.expect(token, sequence, t % 400);
+        const made_token at = token_at(t, n);
+        if (at.is_told) {
+            linear.expect(at.token, at.sequence, at.position);
             answers.push_back(ask(linear));
         }
         if (warms) {
-            linear.warm();
+            linear.warm(t % 2 == 0);
         }
-        linear.observe(route(made).data(), token, sequence);
+        linear.observe(route(made).data(), at.token, at.sequence);
     }
     return answers;
 }
 
-static void test_loops(const fate_linear_math & math) {
+// Somebody else who evaluates what the model tells, expert by expert.
+class evaluator {
+public:
+    answer evaluate(const fate_linear & linear, const fate_linear_told & told, const int32_t * ids) {
+        const fate_linear_model & m    = linear.model();
+        const fate_linear_head *  of[] = { &m.now, &m.keep };
+        const int32_t             n    = linear.n_heads();
+        answer                    got;
+        if (told.rates) {
+            rates_.assign(told.rates, told.rates + SIZE * FATE_LINEAR_RATES);
+            age_.assign(told.age, told.age + SIZE);
+        }
+        for (int32_t l = 0; l < N_LAYERS; ++l) {
+            std::vector<uint16_t> used;
+            for (int32_t i = 0; i < told.n_used; ++i) {
+                used.insert(used.end(), told.used[i] + l * MAX_K, told.used[i] + (l + 1) * MAX_K);
+            }
+            fate_linear_sight sight = {};
+            sight.context           = told.context;
+            sight.unit              = told.unit;
+            sight.stride            = linear.fold().stride();
+            sight.n_used            = told.n_used;
+            sight.max_k             = MAX_K;
+            sight.used              = used.data();
+            for (int32_t i = 0; i < 4; ++i) {
+                const uint16_t * sums    = told.sums[i / 2][i % 2];
+                sight.n[i / 2][i % 2]    = told.n[i / 2][i % 2];
+                sight.sums[i / 2][i % 2] = sums ? sums + l * MAX_EXPERTS : nullptr;
+            }
+            std::vector<float> weights[FATE_LINEAR_HEADS], repeats[FATE_LINEAR_HEADS];
+            fate_linear_fitted heads[FATE_LINEAR_HEADS];
+            for (int32_t h = 0; h < n; ++h) {
+                const float * fitted = of[h]->weights + l * FATE_LINEAR_FEATURES;
+                for (int32_t i = 0; i < FATE_LINEAR_FEATURES; ++i) {
+                    weights[h].push_back(fate_weight(fitted, i, m.early_of, told.early));
+                }
+                for (int32_t i = 0; i < told.n_used; ++i) {
+                    repeats[h].push_back(fate_repeat_value(fitted, told.level, i, m.soon, m.later));
+                }
+                const int32_t row = h * SIZE + l * MAX_EXPERTS;
+                heads[h] = { weights[h].data(), repeats[h].data(), &linear.constant()[row], &linear.fold().numbers()[row * sight.stride],
+                             &linear.fold().column_scale()[row] };
+            }
+            for (int32_t e = 0; e < MAX_EXPERTS; ++e) {
+                const bool    is_used = std::find(ids + l * MAX_K, ids + (l + 1) * MAX_K, e) != ids + (l + 1) * MAX_K;
+                const int32_t at      = l * MAX_EXPERTS + e;
+                float         rates[FATE_LINEAR_RATES], score[FATE_LINEAR_HEADS];
+                age_[at] = told.advances ? fate_next_age(age_[at], is_used) : age_[at];
+                for (int32_t r = 0; r < FATE_LINEAR_RATES; ++r) {
+                    float & rate = rates_[(l * FATE_LINEAR_RATES + r) * MAX_EXPERTS + e];
+                    rate         = told.advances ? fate_next_rate(rate, m.rate_keep[r], is_used) : rate;
+                    rates[r]     = rate;
+                }
+                n == 2 ? fate_linear_scores<2>(heads, sight, e, rates, age_[at], score) :
+                         fate_linear_scores<1>(heads, sight, e, rates, age_[at], score);
+                got.chances[at] = e < m.n_experts[l] ? fate_chance_of(score[0]) : 0.0f;
+                got.scores[at]  = n == 2 ? score[1] : 0.0f;
+            }
+        }
+        if (n == 2) {
+            std::copy_n(m.keep.bonus, N_LAYERS, got.bonus.begin());
+        }
+        return got;
+    }
+
+private:
+    std::vector<float> rates_, age_;
+};
+
+// The same run; what the model need not know for the telling it learns later.
+static std::vector<answer> follow_told(fate_linear & linear, const made_up & made, int32_t n, uint32_t seed, int32_t & n_advances) {
+    generator.seed(seed);
+    teller               tells(linear);
+    evaluator            evaluates;
+    std::vector<answer>  answers;
+    std::vector<int32_t> ids(N_LAYERS * MAX_K, -1); // of the token before
+    for (int32_t t = 0; t < n; ++t) {
+        const made_token at = token_at(t, n);
+        if (at.is_told) {
+            answers.push_back(evaluates.evaluate(linear, tells.tell(at), ids.data()));
+        }
+        if (t % 3 == 0) {
+            linear.finish();
+            linear.warm(true);
+        }
+        ids = route(made);
+        tells.observe(ids, at);
+    }
+    n_advances = tells.n_advances;
+    return answers;
+}
+
+static void test_told() {
+    made_up made;
+    for (const int32_t capacity : { 2, 6, 60 }) { // rows that make room at once, now and then, never
+        for (const bool has_scores : { true, false }) {
+            const fate_linear_model model = made.model(capacity, has_scores);
+            fate_linear             one(model), other(model);
+            int32_t                 n_advances = 0;
+            CHECK(follow(one, made, 900, 7) == follow_told(other, made, 900, 7, n_advances));
+            CHECK(n_advances > 300 && n_advances < 700);
+            one.expect(3, 1, 7);
+            other.expect(3, 1, 7);
+            CHECK(ask(one) == ask(other));
+        }
+    }
+}
+
+// Returns what was said, which is the same for all.
+static std::vector<float> test_loops(const fate_linear_math & math) {
+    std::vector<float> said;
+    generator.seed(1);
     const int32_t            n_rows = 45, n_columns = 11;
     const std::vector<float> left = numbers(n_rows * n_columns), right = numbers(n_rows * n_columns), vector = numbers(n_rows);
     fate_linear_matrix       matrix({ left.data(), right.data() }, n_rows, 2 * n_columns);
@@ -134,6 +156,7 @@ static void test_loops(const fate_linear_math & math) {
     CHECK(std::fabs(sum[0] - n_most) < 0.01f * n_most);
     large.add(math, none.data(), sum.data());
     CHECK(std::fabs(sum[0] - n_most) < 0.01f * n_most);
+    said.insert(said.end(), products.begin(), products.end());
     // each feature by itself, against the formula
     const int32_t         n = 37;
     std::vector<float>    rates(FATE_LINEAR_RATES * n), age(n), scratch(3 * n), keep(FATE_LINEAR_RATES, 0.5f);
@@ -188,6 +211,7 @@ static void test_loops(const fate_linear_math & math) {
             CHECK(std::fabs(scores[e] - right) < 3e-6 * (1 + std::fabs(right)));
             CHECK(others[e] == 0.0f);
         }
+        said.insert(said.end(), scores.begin(), scores.end());
     }
     age[1] = FATE_LINEAR_MAX_AGE;
     math.decay(rates.data(), age.data(), keep.data(), 1, n);
@@ -200,6 +224,8 @@ static void test_loops(const fate_linear_math & math) {
     for (int32_t i = 0; i < 2001; ++i) {
         CHECK(chances[i] >= 0 && chances[i] <= 1 && std::fabs(chances[i] - 1 / (1 + std::exp(-static_cast<double>(odds[i])))) < 1e-6);
     }
+    said.insert(said.end(), chances.begin(), chances.end());
+    return said;
 }
 
 static void test_halves() {
@@ -338,9 +364,12 @@ static void test_steps_and_errors() {
 }
 
 int main() {
-    int32_t n_kinds = 0;
+    int32_t            n_kinds = 0;
+    std::vector<float> said;
     while (const fate_linear_math * math = fate_linear_math_of(n_kinds)) {
-        test_loops(*math);
+        const std::vector<float> of_this = test_loops(*math);
+        CHECK(n_kinds == 0 || of_this == said);
+        said = of_this;
         ++n_kinds;
     }
     CHECK(n_kinds > 0);
@@ -348,6 +377,7 @@ int main() {
     test_rows();
     test_contexts();
     test_model();
+    test_told();
     test_steps_and_errors();
     return check_result("test-linear");
 }
