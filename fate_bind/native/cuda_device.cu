@@ -4,6 +4,7 @@
 #include "cuda_check.h"
 #include "cuda_kernels.cuh"
 #include "cuda_launch.h"
+#include "cuda_linear.h"
 #include "cuda_prefetch.h"
 #include "cuda_ring.h"
 #include "device.h"
@@ -66,6 +67,7 @@ public:
     void             collect(int which, fate_record & record) override;
     void             publish(const float * scores, const float * bonus, bool behind) override;
     std::string      prefetch(const float * chance) override;
+    bool             set_linear(const fate_linear * linear) override;
     void             foretell(const fate_predictions & predictions, const fate_router & router) override;
     void             get_counters(std::vector<int64_t> & counters) const override;
     void             get_times(std::vector<int64_t> & times) const override;
@@ -125,10 +127,11 @@ private:
     int64_t                       n_opened_ = 0;
     int                           begun_    = 0; // the one of is_open_ that the step began with
 
-    std::unique_ptr<fate_cuda_bulk>     bulk_;
-    std::unique_ptr<fate_cuda_prefetch> prefetch_; // null: none
+    std::unique_ptr<fate_cuda_bulk>      bulk_;
+    std::unique_ptr<fate_cuda_prefetch>  prefetch_;  // null: none
+    std::unique_ptr<fate_cuda_evaluator> evaluator_; // of a linear model, null: none
 
-    cudaStream_t    stream_       = nullptr;       // of the backend, known from the first launch on
+    cudaStream_t    stream_       = nullptr;         // of the backend, known from the first launch on
     int32_t         n_tokens_     = 0;
     int32_t         tokens_in_[2] = { 0, 0 };
     int             last_         = -1; // the buffer of the last step, -1: none since the reset
@@ -353,10 +356,10 @@ std::string fate_cuda_device::begin(int32_t n_tokens, bool first_is_bulk, bool i
         const device_scope scope(ordinal_);
         fate_cuda_opening  opening = {};
         opening.begins             = true;
-        opening.publishes          = orders.scores != nullptr;
+        opening.publishes          = orders.scores || (orders.told && evaluator_->has_scores());
         if (!stream_) { // nothing has run
-            if (opening.publishes) {
-                open(opening, { orders.scores, orders.bonus, nullptr }, nullptr);
+            if (opening.publishes || orders.told) {
+                open(opening, { orders.scores, orders.bonus, nullptr, orders.told }, nullptr);
             }
             return "";
         }
@@ -373,11 +376,13 @@ std::string fate_cuda_device::begin(int32_t n_tokens, bool first_is_bulk, bool i
         if (times_.data) {
             FATE_CUDA(cudaMemsetAsync(times_.data, 0, layers_.size() * FATE_N_TIMES * sizeof(int64_t), stream_));
         }
-        now.chance = prefetch_ && prefetch_->runs() ? now.chance : nullptr;
-        if (prefetch_ || opening.publishes) {
+        const bool is_run = prefetch_ && prefetch_->runs();
+        now.chance        = is_run ? now.chance : nullptr;
+        opening.plans     = now.chance || (is_run && now.told);
+        if (prefetch_ || opening.publishes || now.told) {
             open(opening, now, stream_);
             begun_ = newest_open();
-            if (now.chance) {
+            if (opening.plans) {
                 prefetch_->fetch(device_layers_.data, stream_, is_open_[begun_].handle);
             }
         } else if (config_.wants_steps) { // layers that the step leaves out say so
@@ -410,8 +415,16 @@ void fate_cuda_device::open(fate_cuda_opening opening, const fate_device_orders 
     opening.stride    = config_.stride;
     opening.threshold = config_.prefetch_threshold;
     opening.wanted    = config_.prefetch_experts;
-    fate_cuda_launch(fate_open, static_cast<int>(layers_.size()), FATE_BESIDE_THREADS,
-                     orders.chance ? fate_tables_bytes(static_cast<int32_t>(max_experts_)) : 0, on, chains_, device_layers_.data,
+    size_t n_bytes    = opening.plans ? fate_tables_bytes(static_cast<int32_t>(max_experts_)) : 0;
+    if (orders.told) {
+        opening.model           = evaluator_->view();
+        opening.told            = evaluator_->put(which, *orders.told);
+        opening.told.ids        = reinterpret_cast<const int32_t *>(back_.data + parts_of(1).ids);
+        opening.told.ids_stride = max_k_;
+        opening.told_at         = (n_bytes + sizeof(uint4) - 1) / sizeof(uint4) * sizeof(uint4);
+        n_bytes                 = opening.told_at + evaluator_->n_bytes();
+    }
+    fate_cuda_launch(fate_open, static_cast<int>(layers_.size()), FATE_BESIDE_THREADS, n_bytes, on, chains_, device_layers_.data,
                      index_.data, opening);
     FATE_CUDA(cudaEventRecord(is_open_[which].handle, on));
     if (!on) {
@@ -607,7 +620,23 @@ void fate_cuda_device::publish(const float * scores, const float * bonus, bool b
     fate_cuda_opening opening = {};
     opening.publishes         = true;
     opening.behind            = behind;
-    open(opening, { scores, bonus, nullptr }, stream_);
+    open(opening, { scores, bonus }, stream_);
+}
+
+bool fate_cuda_device::set_linear(const fate_linear * linear) {
+    const device_scope scope(ordinal_);
+    FATE_CUDA(cudaDeviceSynchronize()); // who is told of a token reads the one before
+    evaluator_.reset();
+    const size_t n_tables = fate_tables_bytes(static_cast<int32_t>(max_experts_)) + sizeof(uint4);
+    if (!linear || !config_.wants_steps || n_tables + fate_cuda_evaluator::n_bytes_of(*linear) > FATE_OPEN_BYTES) {
+        return false;
+    }
+    std::vector<int32_t> index;
+    for (const fate_device_layer & layer : config_.layers) {
+        index.push_back(layer.index);
+    }
+    evaluator_ = std::make_unique<fate_cuda_evaluator>(*linear, index);
+    return true;
 }
 
 void fate_cuda_device::foretell(const fate_predictions & predictions, const fate_router & router) {
@@ -623,8 +652,10 @@ std::string fate_cuda_device::prefetch(const float * chance) {
     }
     try {
         const device_scope scope(ordinal_);
-        const cudaStream_t on = prefetch_->beside(stream_, is_open_[begun_].handle);
-        open({}, { nullptr, nullptr, chance }, on);
+        const cudaStream_t on      = prefetch_->beside(stream_, is_open_[begun_].handle);
+        fate_cuda_opening  opening = {};
+        opening.plans              = true;
+        open(opening, { nullptr, nullptr, chance }, on);
         prefetch_->fetch(device_layers_.data, stream_, is_open_[newest_open()].handle);
         return "";
     } catch (const fate_error & e) {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cuda_copy.cuh"
+#include "cuda_linear.cuh"
 #include "cuda_mailbox.cuh"
 #include "cuda_prefetch.cuh"
 #include "cuda_ring.cuh"
@@ -415,30 +416,41 @@ static __global__ void __launch_bounds__(FATE_CUDA_THREADS) fate_stage(const __g
 // before a step
 //
 
+static const size_t FATE_OPEN_BYTES = (48 << 10) - 2048; // of shared memory, that the launch may ask for
+
 // What is done before a step, or beside it; arrays in mapped host memory, rows by index.
 struct fate_cuda_opening {
     bool          begins;    // the step: what prefetch left of the one before is settled
     bool          looks;     // layers tell of others in it
-    bool          publishes; // scores[..][stride] and bonus[..]; null: zeros
+    bool          publishes; // scores[..][stride] and bonus[..], null: zeros; or the linear model's, where a token is told
     bool          behind;    // the uses of the step at hand have the bonus
+    bool          plans;     // by chances[..][stride], or the linear model's
     const float * scores;
     const float * bonus;
-    const float * chances; // [..][stride], null: nothing is planned
+    const float * chances;
     int32_t       stride;
     float         threshold;
     int32_t       wanted;
+
+    fate_cuda_linear model;
+    fate_cuda_told   told;
+    size_t           told_at; // in shared memory
 };
 
-static_assert(FATE_CUDA_MAX_EXPERTS * (sizeof(fate_rank) + 4 * sizeof(int32_t) + 2) + 2048 <= 48 * 1024, "what any launch may have");
+static_assert(FATE_CUDA_MAX_EXPERTS * (sizeof(fate_rank) + 4 * sizeof(int32_t) + 2) <= FATE_OPEN_BYTES, "what any launch may have");
 
-// One block a layer; shared memory for fate_tables_bytes() where chances are given.
+// One block a layer; shared memory for fate_tables_bytes() where it plans, and for the linear model behind them where a token is told.
 static __global__ void __launch_bounds__(FATE_BESIDE_THREADS) fate_open(const fate_cuda_layer * layers, const int32_t * index,
                                                                         const __grid_constant__ fate_cuda_opening opening) {
     extern __shared__ int64_t     s_tables[];
     __shared__ fate_cuda_planning s;
     fate_pdl_wait();
     const fate_cuda_layer & layer = layers[blockIdx.x];
-    const int64_t           row   = static_cast<int64_t>(index[blockIdx.x]) * opening.stride;
+    const int32_t           own   = index[blockIdx.x];
+    const int64_t           row   = static_cast<int64_t>(own) * opening.stride;
+    const fate_cuda_tables  t     = fate_tables_in(s_tables, layer.n_experts);
+    const bool              ran   = layer.step && layer.step->path != FATE_PATH_NOT_RUN;
+    __syncthreads(); // before it says otherwise
     if (opening.begins && threadIdx.x == 0) {
         if (layer.plan) {
             fate_settle(layer, opening.looks);
@@ -447,19 +459,31 @@ static __global__ void __launch_bounds__(FATE_BESIDE_THREADS) fate_open(const fa
             *layer.step = {};
         }
     }
-    for (int32_t e = threadIdx.x; opening.publishes && e < layer.n_experts; e += blockDim.x) {
+    const bool is_told = opening.told.pages != nullptr;
+    if (is_told) {
+        const int32_t   at      = static_cast<int32_t>(blockIdx.x);
+        const int32_t * ids     = ran ? opening.told.ids + static_cast<int64_t>(at) * opening.told.ids_stride : nullptr;
+        void *          memory  = reinterpret_cast<char *>(s_tables) + opening.told_at;
+        float *         scores  = opening.publishes ? layer.score : nullptr;
+        float *         chances = opening.plans ? t.chance : nullptr;
+        if (opening.model.n_heads > 1) {
+            fate_evaluate<2>(opening.model, opening.told, at, own, layer.n_experts, layer.k, ids, memory, scores, chances);
+        } else {
+            fate_evaluate<1>(opening.model, opening.told, at, own, layer.n_experts, layer.k, ids, memory, scores, chances);
+        }
+    }
+    for (int32_t e = threadIdx.x; opening.publishes && !is_told && e < layer.n_experts; e += blockDim.x) {
         layer.score[e] = opening.scores ? opening.scores[row + e] : 0.0f;
     }
     if (opening.publishes && threadIdx.x == 0) {
-        layer.head->bonus        = opening.scores ? opening.bonus[index[blockIdx.x]] : 0.0f;
+        layer.head->bonus        = is_told ? opening.model.bonus[own] : opening.scores ? opening.bonus[own] : 0.0f;
         layer.head->published_at = layer.head->clock - (opening.behind ? layer.step->n_rows * layer.k : 0);
     }
-    if (!opening.chances) {
+    if (!opening.plans) {
         return;
     }
-    const fate_cuda_tables t = fate_tables_in(s_tables, layer.n_experts);
     // from the host before the gate is held, for which the layer's op would wait
-    for (int32_t e = threadIdx.x; e < layer.n_experts; e += blockDim.x) {
+    for (int32_t e = threadIdx.x; !is_told && e < layer.n_experts; e += blockDim.x) {
         t.chance[e] = opening.chances[row + e];
     }
     __syncthreads(); // the tables are what they are made here

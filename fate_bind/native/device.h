@@ -5,6 +5,7 @@
 // that copy.
 #pragma once
 
+#include "linear.h"
 #include "lookahead.h"
 #include "record.h"
 #include "routing.h"
@@ -64,9 +65,11 @@ struct fate_host_range {
 
 // What a step begins with; rows of config.stride numbers, by index among all layers; null: nothing of the kind.
 struct fate_device_orders {
-    const float * scores = nullptr; // published, of a policy that has seen all steps before
-    const float * bonus  = nullptr; // [n_layers], with scores
-    const float * chance = nullptr; // as prefetch() takes it
+    const float * scores = nullptr;          // published, of a policy that has seen all steps before
+    const float * bonus  = nullptr;          // [n_layers], with scores
+    const float * chance = nullptr;          // as prefetch() takes it
+
+    const fate_linear_told * told = nullptr; // in place of all that: the linear model's token
 };
 
 class fate_device {
@@ -99,6 +102,9 @@ public:
     // Brings in what chance[n_layers][config.stride] makes likely for the step of one token begun last: before its layers run where steps wait, else as far as
     // the copies come before them. By index among all layers. What failed, "" if nothing.
     virtual std::string prefetch(const float * chance) = 0;
+
+    // Has the device evaluate a linear model, which is copied, where begin() is told of a token; null: no longer. False: it does not. Throws fate_error.
+    virtual bool set_linear(const fate_linear * linear) = 0;
 
     // In place of what routers say of later layers; router: that replays the routing of these layers.
     virtual void foretell(const fate_predictions & predictions, const fate_router & router) = 0;

@@ -223,6 +223,7 @@ void fate_engine::ubatch_begin(const llama_ubatch & ubatch) {
             const std::string why      = device->begin(n_tokens, again, is_told(), orders);
             error_                     = why.empty() ? error_ : why;
         }
+        told_at_ = error_.empty() ? told_at_ : -1;
         if (sync_) {
             if (expect(true, !chances_.empty())) {
                 publish(false);
@@ -234,6 +235,7 @@ void fate_engine::ubatch_begin(const llama_ubatch & ubatch) {
 
 // A ubatch that failed half-way is a step of what ran: its fills happened.
 bool fate_engine::ubatch_end(bool ok) {
+    told_at_ = ok ? told_at_ : -1;
     if (!active_ || (!ok && !ran_)) {
         return true;
     }
@@ -244,6 +246,7 @@ bool fate_engine::ubatch_end(bool ok) {
             const std::string why = device->end(current_);
             error_                = why.empty() ? error_ : why;
         }
+        told_at_ = error_.empty() ? told_at_ : -1;
         ++steps_;
         tokens_ += record_[current_].n_tokens();
     }
@@ -275,7 +278,8 @@ bool fate_engine::ubatch_end(bool ok) {
         held_back_ = !sync_;
         followed_  = false;
         if (linear_ && !policy_failed_ && !devices_.empty() && is_told()) {
-            linear_->warm(false);
+            linear_->finish();
+            linear_->warm(!evaluates_);
         }
     }
     current_ = 1 - current_;
@@ -364,14 +368,19 @@ void fate_engine::set_linear(const fate_linear_model * model) {
                                      "engine's own, %zu, %d and %d",
                                      model->n_layers, model->max_experts, model->max_k, blocks_.size(), max_experts_, max_k_));
     }
-    linear_ = std::make_unique<fate_linear>(*model);
+    linear_    = std::make_unique<fate_linear>(*model);
+    evaluates_ = devices_.empty() || std::any_of(blocks_.begin(), blocks_.end(), [](const auto & b) { return b->layer != nullptr; });
+    told_at_   = -1;
+    for (auto & device : devices_) {
+        evaluates_ = !device->set_linear(evaluates_ ? nullptr : linear_.get()) || evaluates_;
+    }
 }
 
 // Has the linear model take in the step that is held back, once.
-void fate_engine::follow() {
+void fate_engine::follow(bool defers) {
     if (held_back_ && !followed_) {
         gather(1 - current_);
-        linear_->step(record_[1 - current_].view());
+        linear_->step(record_[1 - current_].view(), defers);
         followed_ = true;
     }
 }
@@ -384,8 +393,13 @@ bool fate_engine::foresees() const {
 // Before a step of one token: what it is likely to use, and what is worth keeping after it. The step before is over, for its output made the token; a program
 // that did not look at it waits here.
 fate_device_orders fate_engine::foresee() {
-    const fate_step    step = record_[current_].view();
     fate_device_orders orders;
+    if (!evaluates_) {
+        tell();
+        orders.told = &told_;
+        return orders;
+    }
+    const fate_step step = record_[current_].view();
     follow();
     linear_->expect(step.tokens[0], step.sequences[0], step.positions[0]);
     if (linear_->has_scores()) {
@@ -399,6 +413,22 @@ fate_device_orders fate_engine::foresee() {
         orders.chance = chances_.data();
     }
     return orders;
+}
+
+// The same for devices that evaluate it. What they know of experts moves on by what their own layers used in the step before, if that was of one token too;
+// where it did not, or something else happened, they are told all.
+void fate_engine::tell() {
+    const fate_step step   = record_[current_].view();
+    const int64_t   before = linear_->n_observed();
+    const bool      is_one = held_back_ && !followed_ && record_[1 - current_].n_tokens() == 1;
+    follow(true);
+    linear_->expect(step.tokens[0], step.sequences[0], step.positions[0]);
+    told_          = linear_->tell();
+    told_.advances = is_one && told_at_ == before && linear_->n_observed() == before + 1;
+    if (!told_.advances && told_at_ != linear_->n_observed()) {
+        linear_->tell_all(told_);
+    }
+    told_at_ = linear_->n_observed();
 }
 
 // behind: the policy has not seen the step at hand.

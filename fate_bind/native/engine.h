@@ -169,7 +169,8 @@ private:
     void               publish_on_host(bool behind);
     bool               foresees() const;
     fate_device_orders foresee();
-    void               follow();
+    void               follow(bool defers = false);
+    void               tell();
     void               gather(int32_t which);
     bool               expect(bool asks_scores, bool asks_chances);
     void               find_gate(block & b, const llama_moe_args & args);
@@ -238,11 +239,14 @@ private:
     std::vector<int32_t> n_slots_;
     std::vector<int64_t> expert_bytes_;
 
-    bool                         active_  = false; // graphs of the current ubatch go through the pool
-    bool                         closing_ = false; // the backends and their streams are gone; written under policy_mutex_
+    bool                         active_  = false;   // graphs of the current ubatch go through the pool
+    bool                         closing_ = false;   // the backends and their streams are gone; written under policy_mutex_
     std::atomic<bool>            policy_failed_{ false };
-    std::unique_ptr<fate_linear> linear_;          // decides in place of the policy, null: none
-    std::mutex                   policy_mutex_;    // a policy is asked by one thread at a time: that which decodes, or a GPU's service
+    std::unique_ptr<fate_linear> linear_;            // decides in place of the policy, null: none
+    fate_linear_told             told_      = {};    // of it, to devices that evaluate it
+    bool                         evaluates_ = false; // the engine itself does, and not devices
+    int64_t                      told_at_   = -1;    // tokens that what devices know of experts is of, -1: it is not to be trusted
+    std::mutex                   policy_mutex_;      // a policy is asked by one thread at a time: that which decodes, or a GPU's service
     fate_record                  record_[2];
     int32_t                      current_     = 0;
     int64_t                      began_us_    = 0;

@@ -14,7 +14,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.native]
 
 
 @pytest.mark.parametrize(
-    "name", ["test-cuda", "test-cuda-callback", "test-cuda-lookahead", "test-cuda-prefetch"]
+    "name",
+    ["test-cuda", "test-cuda-callback", "test-cuda-linear", "test-cuda-lookahead", "test-cuda-prefetch"],
 )
 def test_kernels_agree_with_the_host(build: Build, name: str) -> None:
     done = subprocess.run(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from exactness.test_replay_agrees import NativeClassifier
 from gpu.test_exact import ARGS, N_EXPERTS, N_LAYERS, RESIDENT, K, Logits
 from numpy.typing import NDArray
 
@@ -225,6 +226,30 @@ def test_the_classifier_needs_no_python(
     assert (totals["prefetches"] > 0) == (prefetch != "off")
     if prefetch != "off" and slots < N_EXPERTS - 1:
         assert totals["prefetch_useful"] > 0
+
+
+@pytest.mark.parametrize("slots", [6, 10, 16])
+def test_the_device_evaluates_the_classifier_as_the_host_does(
+    slots: int, fitted: Model, pooled: Session, tmp_path: Path
+) -> None:
+    """To the last bit, whatever comes between single tokens: replay's answers are the host's."""
+    path = tmp_path / "trace.npz"
+    with pooled.fork(
+        policy=Classifier.of(fitted), slots=slots, prefetch="off", record=path, require=True
+    ) as session:
+        for start in (0, 60):
+            session.logits(TOKENS[start : start + 20])
+            for token in TOKENS[start + 20 : start + 50]:
+                session.logits([token])
+        session.counters()  # hands over the step that is held back
+        for token in TOKENS[:30]:
+            session.logits([token])
+        session.check()
+    engine, trace = session.counters(), load(path)
+    replayed = replay(trace, NativeClassifier(fitted), sync=True)
+    assert engine == replayed, f"{engine.totals()}\n{replayed.totals()}"
+    assert replay(trace, NativeClassifier(fitted), sync=False) != engine
+    assert replay(trace, "lru") != engine
 
 
 def test_on_a_slow_link_some_are_late_and_some_cancelled(expected: Logits) -> None:

@@ -256,6 +256,7 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
             call.input          = input[l];
             if (l == plans_at) {
                 fate_cuda_opening plan = {};
+                plan.plans             = true;
                 plan.chances           = start;
                 plan.stride            = s.n_experts;
                 plan.threshold         = THRESHOLD;

@@ -147,6 +147,7 @@ static void run(const shape & s, order how, int n_steps, uint32_t seed) {
         fate_cuda_opening begin = publishing(scores, s.n_experts, false);
         begin.begins            = true;
         begin.publishes         = is_due;
+        begin.plans             = at_once;
         begin.chances           = at_once ? chances : nullptr;
         begin.threshold         = THRESHOLD;
         begin.wanted            = WANTED;
