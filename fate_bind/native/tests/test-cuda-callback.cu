@@ -309,7 +309,7 @@ static void run(const shape & s, bool through_ring, int n_steps, uint32_t seed) 
     }
     callback.rest();
     for (const int n : n_by_behaviour) {
-        CHECK(n > 0);
+        CHECK(n > 0 || takes_few_steps());
     }
     const fate_device_asks asks = callback.get_asks();
     printf("%4d experts, %3d slots, top %d, %d rows: %lld asked, %lld too late, %.1f us each in time\n", s.n_experts, s.n_slots, s.k,
@@ -332,7 +332,7 @@ int main() {
     try {
         uint32_t seed = 1;
         for (const shape & s : shapes) {
-            run(s, seed % 2 == 0, 200, seed);
+            run(s, seed % 2 == 0, steps(200), seed);
             ++seed;
         }
     } catch (const std::exception & e) {
