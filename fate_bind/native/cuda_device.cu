@@ -413,7 +413,7 @@ void fate_cuda_device::open(fate_cuda_opening opening, const fate_device_orders 
     opening.bonus     = put(orders.bonus, n_all);
     opening.chances   = put(orders.chance, n_rows);
     opening.stride    = config_.stride;
-    opening.threshold = config_.prefetch_threshold;
+    opening.threshold = prefetch_ ? prefetch_->threshold() : 0.0f;
     opening.wanted    = config_.prefetch_experts;
     size_t n_bytes    = opening.plans ? fate_tables_bytes(static_cast<int32_t>(max_experts_)) : 0;
     if (orders.told) {

@@ -29,6 +29,8 @@ public:
     bool begin(bool is_told, const fate_worth_seen & seen, cudaStream_t stream);
     // Whether experts are brought in for the step begun last.
     bool runs() const { return !rests_; }
+    // The least chance worth a copy of those known at its start.
+    float threshold() const { return waits_ ? threshold_ : threshold_ * static_cast<float>(worth_.ease()); }
     // Behind the op of a layer that sees others, launched into the chain or not: looks, and copies what comes of it. May be captured.
     void look_on(const fate_cuda_layer * layers, size_t from, bool chained, cudaStream_t stream);
     // What the stream does next comes behind all that is beside the step.

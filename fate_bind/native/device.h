@@ -139,7 +139,7 @@ struct fate_device_config {
     fate_asker *                   asker;                      // callback mode: outlives the device; null: table mode
     int64_t                        timeout_ns;                 // of an answer
     int32_t                        prefetch_experts   = 0;     // at most so many of a layer and token, 0: none
-    float                          prefetch_threshold = 0;     // the least chance worth a copy
+    float                          prefetch_threshold = 0;     // the least chance worth a copy on a busy link (worth.h)
     bool                           prefetch_waits     = false; // steps wait for all that is planned
     std::vector<int32_t>           horizons;                   // of which the record is told
     bool                           times    = false;           // are kept

@@ -2,6 +2,9 @@
 #include "check.h"
 #include "worth.h"
 
+#include <cmath>
+#include <utility>
+
 static const double  NS_PER_EXPERT = 1000000;
 static const int64_t NS_PER_STEP   = 10000000;
 
@@ -72,6 +75,21 @@ int main() {
         CHECK(d.run(300, 1.0, 2, 1000 * NS_PER_STEP) == 300);
         d.worth.reset();
         CHECK(d.run(FATE_WORTH_STEPS, 1.0, 0.1) == FATE_WORTH_STEPS);
+    }
+    {
+        driven d; // copies take as long as so many steps
+        CHECK(d.worth.ease() == 1);
+        for (const auto & [n_came, ease] : {
+                 std::pair(16.0, 1.0), { 5.0,  FATE_WORTH_EASE },
+                   { 10.0, 1.0             },
+                   { 8.75, 0.8             },
+                   { 7.0,  FATE_WORTH_EASE }
+        }) {
+            d.run(2 * FATE_WORTH_STEPS, 1.0, n_came, 1000 * NS_PER_STEP); // pauses are not theirs
+            CHECK(std::fabs(d.worth.ease() - ease) < 0.02);
+        }
+        d.worth.reset();
+        CHECK(d.worth.ease() == 1);
     }
     {
         driven d; // prompts and batches, with misses that nothing was brought in for: not looked at
