@@ -4,6 +4,7 @@
 #include "cuda-fixture.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <random>
 #include <vector>
@@ -289,8 +290,9 @@ int main() {
                 run(s, static_cast<order>(how), steps(s.n_experts > 200 || s.expert_bytes[0] > 100000 ? 60 : 150), seed++);
             }
         }
-        for (int i = 0; i < 50 && !takes_few_steps() && !saw_all(BESIDE);
-             ++i) { // others on the GPU take its time in turns, and little runs beside anything
+        // others on the GPU take its time in turns, and little runs beside anything
+        const auto began = std::chrono::steady_clock::now();
+        while (!takes_few_steps() && !saw_all(BESIDE) && std::chrono::steady_clock::now() - began < std::chrono::seconds(30)) {
             run(shapes[1], BESIDE, 60, seed++);
         }
     } catch (const std::exception & e) {
