@@ -378,7 +378,7 @@ std::string fate_cuda_device::begin(int32_t n_tokens, bool first_is_bulk, bool i
         }
         const bool is_run = prefetch_ && prefetch_->runs();
         now.chance        = is_run ? now.chance : nullptr;
-        opening.plans     = now.chance || (is_run && now.told);
+        opening.plans     = is_run && (now.chance || now.predicts);
         if (prefetch_ || opening.publishes || now.told) {
             open(opening, now, stream_);
             begun_ = newest_open();
@@ -421,8 +421,8 @@ void fate_cuda_device::open(fate_cuda_opening opening, const fate_device_orders 
         opening.told            = evaluator_->put(which, *orders.told);
         opening.told.ids        = reinterpret_cast<const int32_t *>(back_.data + parts_of(1).ids);
         opening.told.ids_stride = max_k_;
-        opening.told_at         = (n_bytes + sizeof(uint4) - 1) / sizeof(uint4) * sizeof(uint4);
-        n_bytes                 = opening.told_at + evaluator_->n_bytes();
+        opening.page_at         = (n_bytes + sizeof(uint4) - 1) / sizeof(uint4) * sizeof(uint4);
+        n_bytes                 = opening.page_at + evaluator_->n_bytes();
     }
     fate_cuda_launch(fate_open, static_cast<int>(layers_.size()), FATE_BESIDE_THREADS, n_bytes, on, chains_, device_layers_.data,
                      index_.data, opening);

@@ -434,7 +434,7 @@ struct fate_cuda_opening {
 
     fate_cuda_linear model;
     fate_cuda_told   told;
-    size_t           told_at; // in shared memory
+    size_t           page_at; // in shared memory, what it is evaluated with
 };
 
 static_assert(FATE_CUDA_MAX_EXPERTS * (sizeof(fate_rank) + 4 * sizeof(int32_t) + 2) <= FATE_OPEN_BYTES, "what any launch may have");
@@ -442,7 +442,7 @@ static_assert(FATE_CUDA_MAX_EXPERTS * (sizeof(fate_rank) + 4 * sizeof(int32_t) +
 // One block a layer; shared memory for fate_tables_bytes() where it plans, and for the linear model behind them where a token is told.
 static __global__ void __launch_bounds__(FATE_BESIDE_THREADS) fate_open(const fate_cuda_layer * layers, const int32_t * index,
                                                                         const __grid_constant__ fate_cuda_opening opening) {
-    extern __shared__ int64_t     s_tables[];
+    extern __shared__ uint4       s_tables[]; // the widest that lies in it
     __shared__ fate_cuda_planning s;
     fate_pdl_wait();
     const fate_cuda_layer & layer = layers[blockIdx.x];
@@ -461,11 +461,12 @@ static __global__ void __launch_bounds__(FATE_BESIDE_THREADS) fate_open(const fa
     }
     const bool is_told = opening.told.pages != nullptr;
     if (is_told) {
-        const int32_t   at      = static_cast<int32_t>(blockIdx.x);
-        const int32_t * ids     = ran ? opening.told.ids + static_cast<int64_t>(at) * opening.told.ids_stride : nullptr;
-        void *          memory  = reinterpret_cast<char *>(s_tables) + opening.told_at;
-        float *         scores  = opening.publishes ? layer.score : nullptr;
-        float *         chances = opening.plans ? t.chance : nullptr;
+        const int32_t   at = static_cast<int32_t>(blockIdx.x);
+        const int32_t * ids =
+            ran && opening.told.advances ? opening.told.ids + static_cast<int64_t>(at) * opening.told.ids_stride : nullptr;
+        void *  memory  = reinterpret_cast<char *>(s_tables) + opening.page_at;
+        float * scores  = opening.publishes ? layer.score : nullptr;
+        float * chances = opening.plans ? t.chance : nullptr;
         if (opening.model.n_heads > 1) {
             fate_evaluate<2>(opening.model, opening.told, at, own, layer.n_experts, layer.k, ids, memory, scores, chances);
         } else {

@@ -65,11 +65,12 @@ struct fate_host_range {
 
 // What a step begins with; rows of config.stride numbers, by index among all layers; null: nothing of the kind.
 struct fate_device_orders {
-    const float * scores = nullptr;          // published, of a policy that has seen all steps before
-    const float * bonus  = nullptr;          // [n_layers], with scores
-    const float * chance = nullptr;          // as prefetch() takes it
+    const float * scores = nullptr;              // published, of a policy that has seen all steps before
+    const float * bonus  = nullptr;              // [n_layers], with scores
+    const float * chance = nullptr;              // as prefetch() takes it
 
-    const fate_linear_told * told = nullptr; // in place of all that: the linear model's token
+    const fate_linear_told * told     = nullptr; // in place of all that: the linear model's token,
+    bool                     predicts = false;   // and experts may be brought in by its chances
 };
 
 class fate_device {
@@ -103,7 +104,8 @@ public:
     // the copies come before them. By index among all layers. What failed, "" if nothing.
     virtual std::string prefetch(const float * chance) = 0;
 
-    // Has the device evaluate a linear model, which is copied, where begin() is told of a token; null: no longer. False: it does not. Throws fate_error.
+    // Has the device evaluate a linear model, which is copied, where begin() is told of a token; null: it forgets it. False: it does not, for it has too many
+    // experts to evaluate beside planning. Throws fate_error.
     virtual bool set_linear(const fate_linear * linear) = 0;
 
     // In place of what routers say of later layers; router: that replays the routing of these layers.
@@ -130,20 +132,21 @@ public:
 
 struct fate_device_config {
     std::vector<fate_device_layer> layers;
-    std::vector<fate_host_range>   ranges;                     // to page-lock
-    bool                           page_lock;                  // false: ranges stay as they are
-    int32_t                        max_tokens;                 // of a step
-    int32_t                        stride;                     // numbers a row of scores and chances has
-    bool                           wants_steps;                // records are collected
-    bool                           weights;                    // with router weights
-    fate_asker *                   asker;                      // callback mode: outlives the device; null: table mode
-    int64_t                        timeout_ns;                 // of an answer
-    int32_t                        prefetch_experts   = 0;     // at most so many of a layer and token, 0: none
-    float                          prefetch_threshold = 0;     // the least chance worth a copy on a busy link (worth.h)
-    bool                           prefetch_waits     = false; // steps wait for all that is planned
-    std::vector<int32_t>           horizons;                   // of which the record is told
-    bool                           times    = false;           // are kept
-    double                         throttle = 0;               // bytes a second at which misses are filled at most, 0: as many as come
+    std::vector<fate_host_range>   ranges;                 // to page-lock
+    bool                           page_lock;              // false: ranges stay as they are
+    int32_t                        max_tokens;             // of a step
+    int32_t                        stride;                 // numbers a row of scores and chances has
+    bool                           wants_steps;            // records are collected
+    bool                           weights;                // with router weights
+    fate_asker *                   asker;                  // callback mode: outlives the device; null: table mode
+    int64_t                        timeout_ns;             // of an answer
+    int32_t                        prefetch_experts   = 0; // at most so many of a layer and token, 0: none
+    float                          prefetch_threshold = 0; // the least chance worth a copy
+    bool prefetch_eases = false;           // less is, of what is known at the token's start, where the link has time to spare (worth.h)
+    bool prefetch_waits = false;           // steps wait for all that is planned
+    std::vector<int32_t> horizons;         // of which the record is told
+    bool                 times    = false; // are kept
+    double               throttle = 0;     // bytes a second at which misses are filled at most, 0: as many as come
 };
 
 // Why layers on this device cannot be served, "" if they can.

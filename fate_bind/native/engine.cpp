@@ -223,7 +223,9 @@ void fate_engine::ubatch_begin(const llama_ubatch & ubatch) {
             const std::string why      = device->begin(n_tokens, again, is_told(), orders);
             error_                     = why.empty() ? error_ : why;
         }
-        told_at_ = error_.empty() ? told_at_ : -1;
+        if (!error_.empty()) {
+            teller_.distrust();
+        }
         if (sync_) {
             if (expect(true, !chances_.empty())) {
                 publish(false);
@@ -235,7 +237,9 @@ void fate_engine::ubatch_begin(const llama_ubatch & ubatch) {
 
 // A ubatch that failed half-way is a step of what ran: its fills happened.
 bool fate_engine::ubatch_end(bool ok) {
-    told_at_ = ok ? told_at_ : -1;
+    if (!ok) {
+        teller_.distrust();
+    }
     if (!active_ || (!ok && !ran_)) {
         return true;
     }
@@ -246,7 +250,6 @@ bool fate_engine::ubatch_end(bool ok) {
             const std::string why = device->end(current_);
             error_                = why.empty() ? error_ : why;
         }
-        told_at_ = error_.empty() ? told_at_ : -1;
         ++steps_;
         tokens_ += record_[current_].n_tokens();
     }
@@ -288,6 +291,7 @@ bool fate_engine::ubatch_end(bool ok) {
         busy_us_ += ggml_time_us() - began_us_;
     }
     if (!error_.empty()) {
+        teller_.distrust();
         fate_set_engine_error(FATE_STATUS_DECODE, error_);
     }
     return error_.empty();
@@ -369,11 +373,27 @@ void fate_engine::set_linear(const fate_linear_model * model) {
                                      model->n_layers, model->max_experts, model->max_k, blocks_.size(), max_experts_, max_k_));
     }
     linear_    = std::make_unique<fate_linear>(*model);
-    evaluates_ = devices_.empty() || std::any_of(blocks_.begin(), blocks_.end(), [](const auto & b) { return b->layer != nullptr; });
-    told_at_   = -1;
-    for (auto & device : devices_) {
-        evaluates_ = !device->set_linear(evaluates_ ? nullptr : linear_.get()) || evaluates_;
+    evaluates_ = true;
+    teller_.distrust();
+    if (!devices_.empty() && std::none_of(blocks_.begin(), blocks_.end(), [](const auto & b) { return b->layer != nullptr; })) {
+        evaluates_ = !hand_over();
     }
+}
+
+// Has all devices evaluate the linear model, or none.
+bool fate_engine::hand_over() {
+    bool take_it = true;
+    try {
+        for (auto & device : devices_) {
+            take_it = take_it && device->set_linear(linear_.get());
+        }
+    } catch (const fate_error &) { // little memory is asked for: where there is none the host does it
+        take_it = false;
+    }
+    for (size_t i = 0; !take_it && i < devices_.size(); ++i) {
+        devices_[i]->set_linear(nullptr);
+    }
+    return take_it;
 }
 
 // Has the linear model take in the step that is held back, once.
@@ -394,9 +414,10 @@ bool fate_engine::foresees() const {
 // that did not look at it waits here.
 fate_device_orders fate_engine::foresee() {
     fate_device_orders orders;
-    if (!evaluates_) {
-        tell();
-        orders.told = &told_;
+    const bool         predicts = !chances_.empty();
+    if (!evaluates_ && (predicts || linear_->has_scores())) {
+        orders.told     = &tell();
+        orders.predicts = predicts;
         return orders;
     }
     const fate_step step = record_[current_].view();
@@ -408,27 +429,21 @@ fate_device_orders fate_engine::foresee() {
         orders.scores = scores_.data();
         orders.bonus  = bonus_.data();
     }
-    if (!chances_.empty() && !devices_.empty()) { // beside the step only a GPU brings them in
+    if (predicts && !devices_.empty()) { // beside the step only a GPU brings them in
         linear_->chances(chances_.data());
         orders.chance = chances_.data();
     }
     return orders;
 }
 
-// The same for devices that evaluate it. What they know of experts moves on by what their own layers used in the step before, if that was of one token too;
-// where it did not, or something else happened, they are told all.
-void fate_engine::tell() {
+// The same for devices that evaluate it.
+const fate_linear_told & fate_engine::tell() {
     const fate_step step   = record_[current_].view();
     const int64_t   before = linear_->n_observed();
     const bool      is_one = held_back_ && !followed_ && record_[1 - current_].n_tokens() == 1;
     follow(true);
     linear_->expect(step.tokens[0], step.sequences[0], step.positions[0]);
-    told_          = linear_->tell();
-    told_.advances = is_one && told_at_ == before && linear_->n_observed() == before + 1;
-    if (!told_.advances && told_at_ != linear_->n_observed()) {
-        linear_->tell_all(told_);
-    }
-    told_at_ = linear_->n_observed();
+    return teller_.tell(*linear_, is_one && linear_->n_observed() == before + 1);
 }
 
 // behind: the policy has not seen the step at hand.

@@ -5,7 +5,7 @@
 #include "device.h"
 #include "fate.h"
 #include "layer.h"
-#include "linear.h"
+#include "linear_teller.h"
 #include "llama-engine.h"
 #include "pool.h"
 #include "record.h"
@@ -170,7 +170,7 @@ private:
     bool               foresees() const;
     fate_device_orders foresee();
     void               follow(bool defers = false);
-    void               tell();
+    bool               hand_over();
     void               gather(int32_t which);
     bool               expect(bool asks_scores, bool asks_chances);
     void               find_gate(block & b, const llama_moe_args & args);
@@ -189,6 +189,7 @@ private:
     void               prefetch();
     void               prefetch(int32_t layer, const float * chance);
 
+    const fate_linear_told &      tell();
     int64_t                       view_bytes_on(ggml_backend_dev_t dev) const;
     std::vector<int32_t>          distances() const;
     std::vector<int32_t>          horizons() const;
@@ -243,9 +244,8 @@ private:
     bool                         closing_ = false;   // the backends and their streams are gone; written under policy_mutex_
     std::atomic<bool>            policy_failed_{ false };
     std::unique_ptr<fate_linear> linear_;            // decides in place of the policy, null: none
-    fate_linear_told             told_      = {};    // of it, to devices that evaluate it
     bool                         evaluates_ = false; // the engine itself does, and not devices
-    int64_t                      told_at_   = -1;    // tokens that what devices know of experts is of, -1: it is not to be trusted
+    fate_linear_teller           teller_;            // of it, to them
     std::mutex                   policy_mutex_;      // a policy is asked by one thread at a time: that which decodes, or a GPU's service
     fate_record                  record_[2];
     int32_t                      current_     = 0;

@@ -20,8 +20,8 @@ public:
 
     bool has_scores() const { return n_heads_ > 1; }
 
-    // Reads what the answers to the next token take, or where it is only told what tell() does, and what learning from it changes; changes nothing. Waiting for a
-    // GPU leaves the caches cold, and until it is done there is time.
+    // Reads what the answers to the next token take, and what learning from it changes; where it is only told, what the context is made with. Changes nothing.
+    // Waiting for a GPU leaves the caches cold, and until it is done there is time.
     void warm(bool is_only_told);
 
     // Of the token that is expected. Both are made by the first question.

@@ -1,7 +1,7 @@
 // What a linear model of routing makes of one expert: once, for the host's loops, the CUDA engine and the tests. No ggml, no allocation.
 //
-// Everybody does the same operations in the same order, none fused, with logs and exponentials of our own: the same bits come of it everywhere. This file is
-// compiled where the compiler may not fuse a product and a sum.
+// Everybody does the same operations in the same order, none fused, with logs and exponentials of our own: the same bits come of it everywhere. On the host
+// whoever calls it is compiled with -ffp-contract=off.
 #pragma once
 
 #include "fate.h"
@@ -241,7 +241,7 @@ FATE_LINEAR_RULE void fate_linear_scores(const fate_linear_fitted * heads, const
     }
 }
 
-// What the host says of one token to whoever evaluates it: pointers into the memory of fate_linear, until that takes in the next token.
+// What the host says of one token to whoever evaluates it: pointers into the memory of fate_linear, until it is told or asked anything else.
 struct fate_linear_told {
     const int16_t *  context; // as in fate_linear_sight
     float            unit;

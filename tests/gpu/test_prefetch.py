@@ -29,6 +29,8 @@ TOKENS = [(i * 977 + 31) % 4000 for i in range(120)]
 N_PROMPT = 20  # staged
 SLOWER = 4.0
 """GB/s: on a faster link this small model's experts come so fast that prefetch, rightly, rests."""
+PLANNED = 3
+"""Column of `Session.times`, FATE_TIME_PLANNED."""
 Chances = NDArray[np.float32]
 
 
@@ -195,7 +197,7 @@ def fitted(pooled: Session, tmp_path_factory: pytest.TempPathFactory) -> Model:
     return train.fit([assess.decode_only(load(path))], small)
 
 
-@pytest.mark.parametrize("prefetch", ["off", "token", "both"])
+@pytest.mark.parametrize("prefetch", ["off", "token", "layer", "both"])
 @pytest.mark.parametrize("slots", [8, 16, N_EXPERTS - 1])
 @pytest.mark.parametrize("evict_by", ["scores", "lru"])
 def test_the_classifier_needs_no_python(
@@ -226,6 +228,31 @@ def test_the_classifier_needs_no_python(
     assert (totals["prefetches"] > 0) == (prefetch != "off")
     if prefetch != "off" and slots < N_EXPERTS - 1:
         assert totals["prefetch_useful"] > 0
+
+
+@pytest.mark.parametrize("evict_by", ["scores", "lru"])
+def test_where_layers_predict_the_classifier_does_not(evict_by: str, fitted: Model) -> None:
+    """Of the first layer no layer tells: it is planned for only where the policy predicts."""
+    first_planned = {}
+    for prefetch in ("layer", "both"):
+        with Session(
+            args=ARGS,
+            policy=Classifier.of(fitted, evict_by=evict_by),
+            slots=8,
+            prefetch=prefetch,
+            throttle_gbps=SLOWER,
+            times=True,
+            require=True,
+        ) as session:
+            session.logits(TOKENS[:N_PROMPT])
+            found = []
+            for token in TOKENS[N_PROMPT : N_PROMPT + 10]:
+                session.logits([token])
+                found.append(int(session.times()[0, PLANNED]))
+            session.check()
+        first_planned[prefetch] = sum(found)
+    assert first_planned["layer"] == 0
+    assert first_planned["both"] > 0
 
 
 @pytest.mark.parametrize("slots", [6, 10, 16])

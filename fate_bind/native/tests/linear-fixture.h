@@ -1,7 +1,7 @@
 // A linear model of routing with made-up numbers, a run of tokens, and what is said of them.
 #pragma once
 
-#include "linear.h"
+#include "linear_teller.h"
 
 #include <random>
 #include <vector>
@@ -104,37 +104,23 @@ struct made_token {
     return { token, t < n / 2 ? t / 40 % 2 : t, t % 400, t % 5 != 0 }; // at last more sequences than are kept
 }
 
-// Tells an evaluator that knows nothing of the tokens between. Whether it advances is found out as an engine does.
-class teller {
+// The step that a token is.
+class made_step {
 public:
-    explicit teller(fate_linear & linear) : linear_(linear) {}
+    made_step(const std::vector<int32_t> & ids, const made_token & at) : ids_(ids), at_(at) {}
 
-    fate_linear_told tell(const made_token & at) {
-        linear_.expect(at.token, at.sequence, at.position);
-        fate_linear_told told = linear_.tell();
-        told.advances         = told_at_ >= 0 && linear_.n_observed() == told_at_ + 1;
-        n_advances += told.advances;
-        if (!told.advances) {
-            linear_.tell_all(told);
-        }
-        told_at_ = linear_.n_observed();
-        return told;
-    }
-
-    void observe(const std::vector<int32_t> & ids, const made_token & at) {
+    fate_step view() const {
         fate_step step = {};
         step.n_tokens  = 1;
         step.n_layers  = N_LAYERS;
         step.k         = MAX_K;
-        step.ids       = ids.data();
-        step.tokens    = &at.token;
-        step.sequences = &at.sequence;
-        linear_.step(step, /*defers =*/true);
+        step.ids       = ids_.data();
+        step.tokens    = &at_.token;
+        step.sequences = &at_.sequence;
+        return step;
     }
 
-    int32_t n_advances = 0;
-
 private:
-    fate_linear & linear_;
-    int64_t       told_at_ = -1;
+    const std::vector<int32_t> & ids_;
+    const made_token &           at_;
 };

@@ -4,8 +4,8 @@
 #include "cuda_linear.h"
 #include "linear-fixture.h"
 
-static __global__ void evaluate(const __grid_constant__ fate_cuda_linear model, const __grid_constant__ fate_cuda_told told,
-                                const int32_t * index, const int32_t * n_experts, float * scores, float * chances) {
+static __global__ void fate_evaluate_all(const __grid_constant__ fate_cuda_linear model, const __grid_constant__ fate_cuda_told told,
+                                         const int32_t * index, const int32_t * n_experts, float * scores, float * chances) {
     extern __shared__ uint4 memory[];
     const int32_t           at   = static_cast<int32_t>(blockIdx.x);
     const auto              with = model.n_heads > 1 ? fate_evaluate<2> : fate_evaluate<1>;
@@ -33,15 +33,18 @@ static void test(const std::vector<int32_t> & of, int32_t capacity, bool has_sco
     fate_cuda_upload(index, of.data(), n_mine * sizeof(int32_t));
     fate_cuda_upload(experts, n_experts.data(), n_mine * sizeof(int32_t));
     generator.seed(7);
-    teller  tells(linear);
-    int32_t n_told = 0, n_wrong = 0;
+    fate_linear_teller teller;
+    int32_t            n_told = 0, n_wrong = 0, n_advances = 0;
     for (int32_t t = 0; t < n; ++t) {
         const made_token at = token_at(t, n);
         if (at.is_told) {
-            fate_cuda_told told = evaluator.put(n_told++ % 2, tells.tell(at));
+            linear.expect(at.token, at.sequence, at.position);
+            const fate_linear_told & of_host = teller.tell(linear, t > 0);
+            n_advances += of_host.advances;
+            fate_cuda_told told = evaluator.put(n_told++ % 2, of_host);
             told.ids            = ids_of;
             told.ids_stride     = MAX_K;
-            evaluate<<<n_mine, n_threads, evaluator.n_bytes()>>>(evaluator.view(), told, index, experts, scores, chances);
+            fate_evaluate_all<<<n_mine, n_threads, evaluator.n_bytes()>>>(evaluator.view(), told, index, experts, scores, chances);
             FATE_CUDA(cudaGetLastError());
             const std::vector<float> said = host(scores, n_mine * MAX_EXPERTS), likely = host(chances, n_mine * MAX_EXPERTS);
             eager.expect(at.token, at.sequence, at.position);
@@ -60,10 +63,10 @@ static void test(const std::vector<int32_t> & of, int32_t capacity, bool has_sco
         }
         fate_cuda_upload(ids_of, mine.data(), mine.size() * sizeof(int32_t));
         eager.observe(ids.data(), at.token, at.sequence);
-        tells.observe(ids, at);
+        linear.step(made_step(ids, at).view(), /*defers =*/true);
     }
     CHECK(n_wrong == 0);
-    CHECK(n_told > n / 2 && tells.n_advances > n / 3 && tells.n_advances < n_told);
+    CHECK(n_told > n / 2 && n_advances > n / 3 && n_advances < n_told);
     const std::vector<float> bonus = host(evaluator.view().bonus, N_LAYERS);
     CHECK(!has_scores || bonus == made.bonus);
     for (void * p : { static_cast<void *>(index), static_cast<void *>(experts), static_cast<void *>(ids_of), static_cast<void *>(scores),

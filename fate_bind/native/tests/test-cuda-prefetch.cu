@@ -24,9 +24,9 @@ static const int N_PLANS = 3;
 
 static __global__ void __launch_bounds__(FATE_BESIDE_THREADS) plan_once(const fate_cuda_layer * layers, const float * chances,
                                                                         int32_t distance, float threshold, int32_t wanted) {
-    extern __shared__ int64_t     s_tables[];
+    extern __shared__ int64_t     s_plan[];
     __shared__ fate_cuda_planning s;
-    const fate_cuda_tables        t = fate_tables_in(s_tables, layers[0].n_experts);
+    const fate_cuda_tables        t = fate_tables_in(s_plan, layers[0].n_experts);
     for (int32_t e = threadIdx.x; e < layers[0].n_experts; e += blockDim.x) {
         t.chance[e] = chances[e];
     }

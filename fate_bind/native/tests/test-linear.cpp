@@ -88,30 +88,53 @@ public:
         return got;
     }
 
+    void forget() {
+        std::fill(rates_.begin(), rates_.end(), 0.5f);
+        std::fill(age_.begin(), age_.end(), 2.0f);
+    }
+
 private:
     std::vector<float> rates_, age_;
 };
 
-// The same run; what the model need not know for the telling it learns later.
-static std::vector<answer> follow_told(fate_linear & linear, const made_up & made, int32_t n, uint32_t seed, int32_t & n_advances) {
+// What may come between single tokens that are told.
+enum between { NOTHING, BATCHES, FAILURES, N_BETWEEN };
+
+// The same run, each token a step of its own or, at times, three of them: what the model need not know for the telling it learns later.
+static std::vector<answer> follow_told(fate_linear & linear, const made_up & made, int32_t n, uint32_t seed, between what,
+                                       int32_t & n_advances) {
     generator.seed(seed);
-    teller               tells(linear);
+    fate_linear_teller   teller;
     evaluator            evaluates;
     std::vector<answer>  answers;
-    std::vector<int32_t> ids(N_LAYERS * MAX_K, -1); // of the token before
+    std::vector<int32_t> ids(N_LAYERS * MAX_K, -1); // of the step before
+    bool                 was_one = false;
     for (int32_t t = 0; t < n; ++t) {
-        const made_token at = token_at(t, n);
+        const made_token at      = token_at(t, n);
+        const bool       batched = what == BATCHES && t % 17 < 3; // which the evaluator learns nothing of
+        if (what == FAILURES && t % 13 == 0) {
+            teller.distrust();
+            evaluates.forget();
+        }
         if (at.is_told) {
-            answers.push_back(evaluates.evaluate(linear, tells.tell(at), ids.data()));
+            linear.expect(at.token, at.sequence, at.position);
+            const fate_linear_told & told = teller.tell(linear, was_one);
+            n_advances += told.advances;
+            answers.push_back(evaluates.evaluate(linear, told, ids.data()));
+            if (t % 7 == 0) { // again, before it has run
+                CHECK(!teller.tell(linear, false).advances &&
+                      answers.back() == evaluates.evaluate(linear, teller.tell(linear, false), ids.data()));
+            }
         }
         if (t % 3 == 0) {
             linear.finish();
             linear.warm(true);
         }
-        ids = route(made);
-        tells.observe(ids, at);
+        const std::vector<int32_t> routed = route(made);
+        linear.step(made_step(routed, at).view(), /*defers =*/true);
+        was_one = !batched;
+        ids     = batched ? std::vector<int32_t>(routed.size(), 1) : routed;
     }
-    n_advances = tells.n_advances;
     return answers;
 }
 
@@ -119,14 +142,16 @@ static void test_told() {
     made_up made;
     for (const int32_t capacity : { 2, 6, 60 }) { // rows that make room at once, now and then, never
         for (const bool has_scores : { true, false }) {
-            const fate_linear_model model = made.model(capacity, has_scores);
-            fate_linear             one(model), other(model);
-            int32_t                 n_advances = 0;
-            CHECK(follow(one, made, 900, 7) == follow_told(other, made, 900, 7, n_advances));
-            CHECK(n_advances > 300 && n_advances < 700);
-            one.expect(3, 1, 7);
-            other.expect(3, 1, 7);
-            CHECK(ask(one) == ask(other));
+            for (int what = 0; what < N_BETWEEN; ++what) {
+                const fate_linear_model model = made.model(capacity, has_scores);
+                fate_linear             one(model), other(model);
+                int32_t                 n_advances = 0;
+                CHECK(follow(one, made, 900, 7) == follow_told(other, made, 900, 7, static_cast<between>(what), n_advances));
+                CHECK(n_advances > 300 && n_advances < 700);
+                one.expect(3, 1, 7);
+                other.expect(3, 1, 7);
+                CHECK(ask(one) == ask(other));
+            }
         }
     }
 }
