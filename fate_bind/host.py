@@ -109,7 +109,7 @@ class Host:
             lib.FATE_PREFETCH_TOKEN * self.asks_policy + lib.FATE_PREFETCH_LAYER * self.looks_ahead
         )
         config.prefetch_experts = self.config.prefetch_experts
-        config.prefetch_threshold = self.config.prefetch_threshold
+        config.prefetch_threshold = self.config.prefetch_threshold or 0.0
         config.record = self.record is not None
         config.weights = self._weighs
         config.miss_timeout_seconds = self.config.miss_timeout_seconds

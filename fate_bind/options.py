@@ -32,7 +32,10 @@ _FLAGS = {
         "bring in what the policy predicts, what the next layers' routers tell, or both (default: auto: "
         "token for a classifier, else layer)",
     ),
-    "prefetch-threshold": ("CHANCE", "of experts at least so likely, above 0, up to 1 (default: 0.5)"),
+    "prefetch-threshold": (
+        "CHANCE",
+        "of experts at least so likely, above 0, up to 1 (default: auto: 0.5, or less)",
+    ),
     "prefetch-experts": ("N", "at most N of a layer and token, 1 to 16 (default: 8)"),
     "record": ("FILE.npz", "write every token's routing to FILE.npz"),
     "stats": ("text|json[:FILE]", "numbers at the end: text on stderr, JSON on stdout or in FILE"),
@@ -51,7 +54,7 @@ class Options:
     mode: str | None = None
     sync: bool | None = None
     prefetch: str | None = None
-    prefetch_threshold: float | None = None
+    prefetch_threshold: float | str | None = None
     prefetch_experts: int | None = None
     record: Path | None = None
     stats_format: str = "text"
@@ -106,7 +109,9 @@ def _checked(given: dict[str, str]) -> Options:
         mode=given.get("mode"),
         sync=given["sync"] == "true" if "sync" in given else None,
         prefetch=given.get("prefetch"),
-        prefetch_threshold=_number("prefetch-threshold", given, float, "a number above 0, up to 1"),
+        prefetch_threshold=AUTO
+        if given.get("prefetch-threshold") == AUTO
+        else _number("prefetch-threshold", given, float, f"{AUTO}, or a number above 0, up to 1"),
         prefetch_experts=_number("prefetch-experts", given, int, "a whole number, 1 to 16"),
         record=record,
         stats_format=stats_format,

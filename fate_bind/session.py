@@ -43,7 +43,7 @@ def resolve_config(
     vram: Any = None,
     vram_margin: Any = None,
     prefetch: str | None = None,
-    prefetch_threshold: float | None = None,
+    prefetch_threshold: float | str | None = None,
     prefetch_experts: int | None = None,
 ) -> tuple[Config, Policy | None]:
     """Return the configuration meant, and the policy's instance if one was given.
@@ -173,7 +173,7 @@ class Session:
         sync: bool | None = None,
         vram: Any = None,
         prefetch: str | None = None,
-        prefetch_threshold: float | None = None,
+        prefetch_threshold: float | str | None = None,
         prefetch_experts: int | None = None,
         record: str | Path | bool | None = None,
         require: bool = False,
@@ -239,7 +239,7 @@ class Session:
         sync: bool | None = None,
         vram: Any = None,
         prefetch: str | None = None,
-        prefetch_threshold: float | None = None,
+        prefetch_threshold: float | str | None = None,
         prefetch_experts: int | None = None,
         record: str | Path | None = None,
         require: bool = False,

@@ -136,7 +136,7 @@ def verify(
     vram: Any = None,
     vram_margin: Any = None,
     prefetch: str | None = None,
-    prefetch_threshold: float | None = None,
+    prefetch_threshold: float | str | None = None,
     prefetch_experts: int | None = None,
     record: str | Path | None = None,
     require: bool = False,

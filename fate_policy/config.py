@@ -177,7 +177,8 @@ class Config:
     vram: int | None = None
     vram_margin: int = 2**30
     prefetch: str = AUTO
-    prefetch_threshold: float = Prefetch.threshold
+    prefetch_threshold: float | None = None
+    """None: `auto`."""
     prefetch_experts: int = Prefetch.experts
 
     chose_prefetch: bool = False
@@ -253,7 +254,7 @@ class Config:
             "vram": self.vram,
             "vram_margin": self.vram_margin,
             "prefetch": self.prefetch,
-            "prefetch_threshold": self.prefetch_threshold,
+            "prefetch_threshold": AUTO if self.prefetch_threshold is None else self.prefetch_threshold,
             "prefetch_experts": self.prefetch_experts,
         }
 
@@ -318,11 +319,19 @@ def load(path_or_name: str | Path = AUTO, overrides: Mapping[str, Any] | None = 
         vram=vram,
         vram_margin=parse_size("vram_margin", merged["vram_margin"]),
         prefetch=checks.choice("prefetch", prefetch, PREFETCHES),
-        prefetch_threshold=checks.share("prefetch_threshold", merged["prefetch_threshold"], above_zero=True),
+        prefetch_threshold=_threshold(merged["prefetch_threshold"]),
         prefetch_experts=checks.integer(
             "prefetch_experts", merged["prefetch_experts"], minimum=1, maximum=prefetch_rule.MOST
         ),
     )
+
+
+def _threshold(value: Any) -> float | None:
+    if value == AUTO:
+        return None
+    if isinstance(value, str):
+        raise checks.bad_value("prefetch_threshold", value, f"{AUTO}, or a number above 0, up to 1")
+    return checks.share("prefetch_threshold", value, above_zero=True)
 
 
 def make_policy(config: Config) -> Policy:

@@ -271,7 +271,7 @@ static void expect(fate_engine * e, int32_t token, int32_t position) {
                                          e->config.prefetch ? chances : NULL, &predicted),
                      scores, published);
         for (int i = 0; predicted && i < N_LAYERS * N_EXPERTS; ++i) { // nothing comes in, it only counts
-            e->counters[i / N_EXPERTS][FATE_COUNTER_PREFETCHES] += chances[i] >= e->config.prefetch_threshold;
+            e->counters[i / N_EXPERTS][FATE_COUNTER_PREFETCHES] += chances[i] >= (e->config.prefetch_threshold > 0 ? e->config.prefetch_threshold : 0.5f);
         }
     }
 }

@@ -332,7 +332,8 @@ void fate_engine::note_chances(int32_t layer, size_t at, const std::vector<float
 void fate_engine::prefetch(int32_t layer, const float * chance) {
     const block &  b = *blocks_[layer];
     fate_engine_io io(*this, layer);
-    b.layer->prefetch(chance, config_.prefetch_threshold, fate_prefetch_most(config_.prefetch_experts, b.n_slots, b.k), io);
+    b.layer->prefetch(chance, fate_prefetch_threshold(config_.prefetch_threshold),
+                      fate_prefetch_most(config_.prefetch_experts, b.n_slots, b.k), io);
 }
 
 // Has layers bring in what the step at hand is predicted to use, if that is known: with sync before it, else beside it, which only a GPU can.

@@ -14,6 +14,7 @@ fate_cuda_prefetch::fate_cuda_prefetch(int ordinal, const fate_device_config & c
     max_experts_(max_experts),
     wanted_(config.prefetch_experts),
     threshold_(config.prefetch_threshold),
+    eases_(config.prefetch_eases),
     waits_(config.prefetch_waits),
     views_(n_layers_),
     n_chunks_(n_layers_),

@@ -30,7 +30,7 @@ public:
     // Whether experts are brought in for the step begun last.
     bool runs() const { return !rests_; }
     // The least chance worth a copy of those known at its start.
-    float threshold() const { return waits_ ? threshold_ : threshold_ * static_cast<float>(worth_.ease()); }
+    float threshold() const { return eases_ ? threshold_ * static_cast<float>(worth_.ease()) : threshold_; }
     // Behind the op of a layer that sees others, launched into the chain or not: looks, and copies what comes of it. May be captured.
     void look_on(const fate_cuda_layer * layers, size_t from, bool chained, cudaStream_t stream);
     // What the stream does next comes behind all that is beside the step.
@@ -53,6 +53,7 @@ private:
     const size_t         max_experts_;
     const int32_t        wanted_;
     const float          threshold_;
+    const bool           eases_;
     const bool           waits_;
 
     device_array<char>           plans_;

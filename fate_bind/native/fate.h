@@ -255,7 +255,7 @@ typedef struct fate_config {
     int32_t expects;              // 1: it wants to know the tokens that come (call on_expect too)
     int32_t prefetch;             // FATE_PREFETCH_*, together; in table mode, without stage_all
     int32_t prefetch_experts;     // at most so many of a layer and token
-    float   prefetch_threshold;   // the least chance worth a copy; on a GPU less where the link idles (worth.h)
+    float   prefetch_threshold;   // the least chance worth a copy; 0: a half, and less on a GPU whose link has time to spare
     int32_t record;               // 1: routing is recorded (call on_step)
     int32_t weights;              // 1: steps tell router weights
     double  miss_timeout_seconds; // callback mode on a GPU: how long it waits for on_miss before LRU decides

@@ -196,7 +196,8 @@ void fate_engine::open_devices() {
         config.times       = config_.times != 0;
         if (!chances_.empty() || looks()) {
             config.prefetch_experts   = config_.prefetch_experts;
-            config.prefetch_threshold = config_.prefetch_threshold;
+            config.prefetch_threshold = fate_prefetch_threshold(config_.prefetch_threshold);
+            config.prefetch_eases     = !sync_ && !(config_.prefetch_threshold > 0);
             config.prefetch_waits     = sync_;
         }
         config.horizons   = horizons();

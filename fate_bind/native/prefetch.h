@@ -9,12 +9,19 @@
 #include "rule.h"
 
 static const int32_t FATE_PREFETCH_MAX = 16; // of a layer and token
+static const float   FATE_PREFETCH_THRESHOLD =
+    0.5f;                                    // where none is given: what a router's chances are at least for as many as it will choose
 
 struct fate_prefetch {
     int32_t expert;
     int32_t slot;
     int32_t victim; // that goes from the slot, -1: it was free
 };
+
+// What a configuration means.
+inline float fate_prefetch_threshold(float given) {
+    return given > 0 ? given : FATE_PREFETCH_THRESHOLD;
+}
 
 // How many a layer may bring in, so that the experts of one row find room beside them.
 FATE_HOST_DEVICE inline int32_t fate_prefetch_most(int32_t wanted, int32_t n_slots, int32_t k) {

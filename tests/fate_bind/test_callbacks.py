@@ -459,7 +459,7 @@ def test_what_a_policy_predicts_reaches_the_engine(
     assert stats["prefetches"] == (2 * (len(TOKENS) - 1) if likely == 1 else 0)
     assert stats["no_prefetch"] == ""
     meta = load(path).meta
-    assert (meta["prefetch"], meta["prefetch_threshold"], meta["prefetch_experts"]) == ("token", 0.5, 8)
+    assert (meta["prefetch"], meta["prefetch_threshold"], meta["prefetch_experts"]) == ("token", "auto", 8)
 
 
 def test_a_wrong_prediction_is_raised_as_itself(fake: Library, model: Path) -> None:

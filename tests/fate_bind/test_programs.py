@@ -81,6 +81,7 @@ def test_our_flags_are_taken_out_and_the_rest_stays_in_order() -> None:
     assert (chosen.policy, chosen.slots, chosen.require, chosen.sync) == ("random", "25%", True, False)
     assert (chosen.prefetch, chosen.prefetch_threshold, chosen.prefetch_experts) == ("token", 0.25, 4)
     assert options.take([])[0] == options.Options()
+    assert options.take(["--fate-prefetch-threshold", "auto"])[0].prefetch_threshold == "auto"
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,10 @@ def test_our_flags_are_taken_out_and_the_rest_stays_in_order() -> None:
         (["--fate-slots"], "--fate-slots needs a value: N|N%"),
         (["--fate-slots="], "--fate-slots is empty"),
         (["--fate-sync=maybe"], "expected --fate-sync, --fate-sync=true or --fate-sync=false"),
-        (["--fate-prefetch-threshold=x"], "--fate-prefetch-threshold x: expected a number above 0, up to 1"),
+        (
+            ["--fate-prefetch-threshold=x"],
+            "--fate-prefetch-threshold x: expected auto, or a number above 0, up to 1",
+        ),
         (["--fate-prefetch-experts=2.5"], "--fate-prefetch-experts 2.5: expected a whole number, 1 to 16"),
         (["--fate-stats", "xml"], "--fate-stats xml: expected text"),
         (["--fate-stats", "json:"], "--fate-stats json:: expected text"),

@@ -54,7 +54,7 @@ def test_a_file_says_what_differs(tmp_path: Path) -> None:
         "vram": None,
         "vram_margin": 2**30,
         "prefetch": "auto",
-        "prefetch_threshold": 0.5,
+        "prefetch_threshold": "auto",
         "prefetch_experts": 8,
     }
     policy = make_policy(load(str(path)))
@@ -67,6 +67,12 @@ def test_overrides_win_and_merge(tmp_path: Path) -> None:
     config = load(path, {"slots": 8, "mode": "callback", "frequency": {"lfru": True}})
     assert (str(config.slots), config.mode) == ("8", "callback")
     assert config.params == {"half_life_tokens": 64, "lfru": True}
+
+
+def test_a_threshold_is_a_number_or_auto() -> None:
+    assert load("lru").prefetch_threshold is None
+    assert load("lru", {"prefetch_threshold": "auto"}).prefetch_threshold is None
+    assert load("lru", {"prefetch_threshold": 0.3}).as_dict()["prefetch_threshold"] == 0.3
 
 
 def test_a_name_is_enough() -> None:
@@ -197,6 +203,10 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         (
             "prefetch_threshold: 1.5",
             "prefetch_threshold: 1.5 is not allowed; expected a number above 0, up to 1",
+        ),
+        (
+            "prefetch_threshold: half",
+            "prefetch_threshold: 'half' is not allowed; expected auto, or a number above 0, up to 1",
         ),
         ("prefetch_threshold: .nan", "prefetch_threshold: nan is not allowed"),
         ("prefetch_threshold: 0", "prefetch_threshold: 0 is not allowed"),
