@@ -329,9 +329,10 @@ def load(path_or_name: str | Path = AUTO, overrides: Mapping[str, Any] | None = 
 def _threshold(value: Any) -> float | None:
     if value == AUTO:
         return None
-    if isinstance(value, str):
-        raise checks.bad_value("prefetch_threshold", value, f"{AUTO}, or a number above 0, up to 1")
-    return checks.share("prefetch_threshold", value, above_zero=True)
+    try:
+        return checks.share("prefetch_threshold", value, above_zero=True)
+    except PolicyConfigError:
+        raise checks.bad_value("prefetch_threshold", value, f"{AUTO}, or a number above 0, up to 1") from None
 
 
 def make_policy(config: Config) -> Policy:

@@ -202,7 +202,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("prefetch: true", "prefetch: True is not allowed"),
         (
             "prefetch_threshold: 1.5",
-            "prefetch_threshold: 1.5 is not allowed; expected a number above 0, up to 1",
+            "prefetch_threshold: 1.5 is not allowed; expected auto, or a number above 0, up to 1",
         ),
         (
             "prefetch_threshold: half",
