@@ -287,3 +287,31 @@ class PolicyContract:
 
     def foresee(self, policy: Policy) -> None:
         """Tell a policy that needs it the future of `test_questions_do_not_change_state`."""
+
+
+class Books:
+    """Which experts have slots, from what steps say that came and went; each step is held against it.
+
+    fills : how many came so far
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        self._n_slots = geometry.n_slots.tolist()
+        self._held: list[set[int]] = [set() for _ in self._n_slots]
+        self.fills = 0
+
+    def note(self, step: Step) -> None:
+        self.fills += len(step.fills)
+        for layer, held in enumerate(self._held):
+            came = set(step.fills[step.fills[:, 0] == layer, 1].tolist())
+            went = set(step.evictions[step.evictions[:, 0] == layer, 1].tolist())
+            assert went - came <= held, f"layer {layer}: {went - came - held} went and were not there"
+            assert not (came - went) & held, f"layer {layer}: {(came - went) & held} came and were there"
+            rows = step.path[:, layer] == POOL
+            used, hits = step.ids[rows, layer], step.hits[rows, layer] > 0
+            assert set(used[hits].tolist()) <= held | came, f"layer {layer}: a hit was not there"
+            assert set(used[~hits].tolist()) <= came, f"layer {layer}: a miss did not come"
+            held -= went - came  # what did both is where it was before
+            held |= came - went
+            assert set(used.ravel().tolist()) <= held, f"layer {layer}: what was used has no slot"
+            assert len(held) <= self._n_slots[layer]

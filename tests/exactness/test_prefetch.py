@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from policy_contract import Books
 
 from fate_bind.modelfile import EMBEDDED
 from fate_bind.session import Session
@@ -165,6 +166,28 @@ def test_the_bits_are_those_without_and_the_counters_those_of_replay(
         if name != "wrong" or slots >= 10:
             assert total["prefetch_useful"] > 0
         assert (total["prefetch_wasted"] > 0) == (name != "right")
+
+
+class Booked(Forged):
+    """Holds what came and went against the slots."""
+
+    def start(self, geometry: Geometry) -> None:
+        super().start(geometry)
+        self.books = Books(geometry)
+
+    def observe(self, step: Step) -> None:
+        super().observe(step)
+        self.books.note(step)
+
+
+@pytest.mark.parametrize("kind", ["right", "random", "wrong"])
+@pytest.mark.parametrize("slots", [K + 1, 10, N_EXPERTS - 1])
+def test_what_came_and_went_adds_up(
+    slots: int, kind: str, plain: tuple[Session, NDArray[np.float32]], recorded: Trace, tmp_path: Path
+) -> None:
+    policy = Booked(kind, recorded)
+    engine = ran(plain, policy, slots, Prefetch(0.3, 6), tmp_path / "trace.npz")
+    assert policy.books.fills == engine.fills.sum() > 0
 
 
 def test_what_is_predicted_rightly_is_there_when_it_is_needed(

@@ -10,10 +10,11 @@ import pytest
 from exactness.test_replay_agrees import NativeClassifier
 from gpu.test_exact import ARGS, N_EXPERTS, N_LAYERS, RESIDENT, K, Logits
 from numpy.typing import NDArray
+from policy_contract import Books
 
 from fate_bind.session import Session
 from fate_policy import assess, train
-from fate_policy.base import Policy, Step
+from fate_policy.base import Geometry, Policy, Step
 from fate_policy.classifier import Classifier
 from fate_policy.counters import Counters
 from fate_policy.errors import PolicyError
@@ -277,6 +278,31 @@ def test_the_device_evaluates_the_classifier_as_the_host_does(
     assert engine == replayed, f"{engine.totals()}\n{replayed.totals()}"
     assert replay(trace, NativeClassifier(fitted), sync=False) != engine
     assert replay(trace, "lru") != engine
+
+
+class Booked(Forged):
+    """Holds what came and went against the slots."""
+
+    def start(self, geometry: Geometry) -> None:
+        super().start(geometry)
+        self.books = Books(geometry)
+
+    def observe(self, step: Step) -> None:
+        self.books.note(step)
+
+
+@pytest.mark.parametrize("prefetch", ["token", "layer", "both"])
+@pytest.mark.parametrize("slots", [K + 1, 12, N_EXPERTS - 1])
+def test_what_came_beside_the_step_and_went_adds_up(slots: int, prefetch: str, pooled: Session) -> None:
+    policy = Booked(make=_before)
+    with pooled.fork(
+        policy=policy, slots=slots, prefetch=prefetch, sync=False, require=True, throttle_gbps=SLOWER
+    ) as session:
+        run(session)
+        session.check()
+    counters = session.counters()
+    assert policy.books.fills == counters.fills.sum()
+    assert counters.totals()["prefetches"] > 0 or slots == N_EXPERTS - 1
 
 
 def test_on_a_slow_link_some_are_late_and_some_cancelled(expected: Logits) -> None:
