@@ -269,7 +269,7 @@ def test_the_device_evaluates_the_classifier_as_the_host_does(
             session.logits(TOKENS[start : start + 20])
             for token in TOKENS[start + 20 : start + 50]:
                 session.logits([token])
-        session.counters()  # hands over the step that is held back
+        session.record()  # hands over the step that is held back
         for token in TOKENS[:30]:
             session.logits([token])
         session.check()
