@@ -89,10 +89,10 @@ inline bool fate_cuda_starts_early() {
 #endif
 }
 
-// Every kernel of ours that is not in a graph is launched here, and where it can be into the chain. A plain launch before each token, even of a kernel that does nothing, cost
-// every kernel of the process's graphs from then on a sixth of a microsecond, 4 % of a token of gpt-oss-20b's shape; the same kernel launched into the chain,
-// or a copy, cost nothing of the kind (H200, driver 580). On a stream beside the step it does either way, where that happens at each token: see fate_cuda_alone.
-// What looks ahead in steps that are not captured does no such harm.
+// Every kernel of ours that is not in a graph is launched here, and where it can be into the chain. A plain launch before each token, even of a kernel that does
+// nothing, cost every kernel of the process's graphs from then on a sixth of a microsecond, 4 % of a token of gpt-oss-20b's shape; the same kernel launched into
+// the chain, or a copy, cost nothing of the kind (H200, driver 580). On a stream beside the step it does either way, where that happens at each token: see
+// fate_cuda_alone. What looks ahead in steps that are not captured does no such harm.
 template <typename... Params, typename... Args>
 void fate_cuda_launch(void (*kernel)(Params...), int n_blocks, int n_threads, size_t shared, cudaStream_t stream, bool chained,
                       Args &&... args) {

@@ -132,21 +132,21 @@ public:
 
 struct fate_device_config {
     std::vector<fate_device_layer> layers;
-    std::vector<fate_host_range>   ranges;                 // to page-lock
-    bool                           page_lock;              // false: ranges stay as they are
-    int32_t                        max_tokens;             // of a step
-    int32_t                        stride;                 // numbers a row of scores and chances has
-    bool                           wants_steps;            // records are collected
-    bool                           weights;                // with router weights
-    fate_asker *                   asker;                  // callback mode: outlives the device; null: table mode
-    int64_t                        timeout_ns;             // of an answer
-    int32_t                        prefetch_experts   = 0; // at most so many of a layer and token, 0: none
-    float                          prefetch_threshold = 0; // the least chance worth a copy
-    bool prefetch_eases = false;           // less is, of what is known at the token's start, where the link has time to spare (worth.h)
-    bool prefetch_waits = false;           // steps wait for all that is planned
-    std::vector<int32_t> horizons;         // of which the record is told
-    bool                 times    = false; // are kept
-    double               throttle = 0;     // bytes a second at which misses are filled at most, 0: as many as come
+    std::vector<fate_host_range>   ranges;                     // to page-lock
+    bool                           page_lock;                  // false: ranges stay as they are
+    int32_t                        max_tokens;                 // of a step
+    int32_t                        stride;                     // numbers a row of scores and chances has
+    bool                           wants_steps;                // records are collected
+    bool                           weights;                    // with router weights
+    fate_asker *                   asker;                      // callback mode: outlives the device; null: table mode
+    int64_t                        timeout_ns;                 // of an answer
+    int32_t                        prefetch_experts   = 0;     // at most so many of a layer and token, 0: none
+    float                          prefetch_threshold = 0;     // the least chance worth a copy
+    bool                           prefetch_eases     = false; // less is, where the link has time to spare (worth.h)
+    bool                           prefetch_waits     = false; // steps wait for all that is planned
+    std::vector<int32_t>           horizons;                   // of which the record is told
+    bool                           times    = false;           // are kept
+    double                         throttle = 0;               // bytes a second at which misses are filled at most, 0: as many as come
 };
 
 // Why layers on this device cannot be served, "" if they can.

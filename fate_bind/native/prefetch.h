@@ -8,9 +8,8 @@
 
 #include "rule.h"
 
-static const int32_t FATE_PREFETCH_MAX = 16; // of a layer and token
-static const float   FATE_PREFETCH_THRESHOLD =
-    0.5f;                                    // where none is given: what a router's chances are at least for as many as it will choose
+static const int32_t FATE_PREFETCH_MAX       = 16;   // of a layer and token
+static const float   FATE_PREFETCH_THRESHOLD = 0.5f; // where none is given: a router's chances of those it will choose are no less
 
 struct fate_prefetch {
     int32_t expert;

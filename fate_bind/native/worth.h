@@ -13,19 +13,20 @@
 #include <algorithm>
 #include <cstdint>
 
-static const int32_t FATE_WORTH_STEPS  = 16;    // of a window
-static const double  FATE_WORTH_BESIDE = 0.25;  // of the time of a copy: what it takes from the step beside it, and from others on the link
-static const double  FATE_WORTH_LOOK   = 0.02;  // of a step: layers tell of others
-static const double  FATE_WORTH_PLAN   = 0.01;  // of a step: what the token is to use is known
-static const double  FATE_WORTH_LEAST  = 1.5;   // times what it costs to look: copies that are worth a try
-static const int32_t FATE_WORTH_REST   = 4;     // windows
-static const int32_t FATE_WORTH_TRY    = 4;     // steps that may be enough of a try
-static const double  FATE_WORTH_HOPE   = 0.5;   // of what it costs: a try that hides less is given up then
-static const int64_t FATE_WORTH_SHOWN  = 32;    // experts brought in that are
+static const int32_t FATE_WORTH_STEPS  = 16;   // of a window
+static const double  FATE_WORTH_BESIDE = 0.25; // of the time of a copy: what it takes from the step beside it, and from others on the link
+static const double  FATE_WORTH_LOOK   = 0.02; // of a step: layers tell of others
+static const double  FATE_WORTH_PLAN   = 0.01; // of a step: what the token is to use is known
+static const double  FATE_WORTH_LEAST  = 1.5;  // times what it costs to look: copies that are worth a try
+static const int32_t FATE_WORTH_REST   = 4;    // windows
+static const int32_t FATE_WORTH_TRY    = 4;    // steps that may be enough of a try
+static const double  FATE_WORTH_HOPE   = 0.5;  // of what it costs: a try that hides less is given up then
+static const int64_t FATE_WORTH_SHOWN  = 32;   // experts brought in that are
 static const int32_t FATE_WORTH_MAX_REST = 128;
-static const double  FATE_WORTH_EASE     = 0.6; // of the least chance: what is enough on a link with time to spare,
-static const double  FATE_WORTH_IDLE     = 0.75; // whose copies take so much of a window's shortest step,
-static const double  FATE_WORTH_BUSY     = 1.0;  // and so much where it has none
+
+static const double FATE_WORTH_EASE = 0.6;  // of the least chance: what is enough on a link with time to spare,
+static const double FATE_WORTH_IDLE = 0.75; // whose copies take so much of a window's shortest step,
+static const double FATE_WORTH_BUSY = 1.0;  // and so much where it has none
 
 // So far.
 struct fate_worth_seen {
