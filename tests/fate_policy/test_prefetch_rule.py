@@ -121,7 +121,11 @@ def test_the_tokens_own_experts_find_room(wanted: int, n_slots: int, k: int, roo
     assert prefetch_rule.room(wanted, n_slots, k) == room
 
 
-def test_the_header_has_the_same_limit() -> None:
-    found = re.search(r"FATE_PREFETCH_MAX = (\d+);", PREFETCH_H.read_text(encoding="utf-8"))
-    assert found is not None
-    assert int(found[1]) == prefetch_rule.MOST
+def test_the_header_has_the_same_limits() -> None:
+    header = PREFETCH_H.read_text(encoding="utf-8")
+    most = re.search(r"FATE_PREFETCH_MAX += (\d+);", header)
+    threshold = re.search(r"FATE_PREFETCH_THRESHOLD += ([0-9.]+)f;", header)
+    assert most is not None
+    assert threshold is not None
+    assert int(most[1]) == prefetch_rule.MOST
+    assert float(threshold[1]) == prefetch_rule.Prefetch.threshold
