@@ -67,7 +67,7 @@ public:
     void             collect(int which, fate_record & record) override;
     void             publish(const float * scores, const float * bonus, bool behind) override;
     std::string      prefetch(const float * chance) override;
-    bool             set_linear(const fate_linear * linear) override;
+    std::string      set_linear(const fate_linear * linear) override;
     void             foretell(const fate_predictions & predictions, const fate_router & router) override;
     void             get_counters(std::vector<int64_t> & counters) const override;
     void             get_times(std::vector<int64_t> & times) const override;
@@ -421,7 +421,7 @@ void fate_cuda_device::open(fate_cuda_opening opening, const fate_device_orders 
         opening.told            = evaluator_->put(which, *orders.told);
         opening.told.ids        = reinterpret_cast<const int32_t *>(back_.data + parts_of(1).ids);
         opening.told.ids_stride = max_k_;
-        opening.page_at         = (n_bytes + sizeof(uint4) - 1) / sizeof(uint4) * sizeof(uint4);
+        opening.page_at         = n_bytes; // a multiple of 32, as the tables' entries are
         n_bytes                 = opening.page_at + evaluator_->n_bytes();
     }
     fate_cuda_launch(fate_open, static_cast<int>(layers_.size()), FATE_BESIDE_THREADS, n_bytes, on, chains_, device_layers_.data,
@@ -623,20 +623,31 @@ void fate_cuda_device::publish(const float * scores, const float * bonus, bool b
     open(opening, { scores, bonus }, stream_);
 }
 
-bool fate_cuda_device::set_linear(const fate_linear * linear) {
+std::string fate_cuda_device::set_linear(const fate_linear * linear) {
     const device_scope scope(ordinal_);
     FATE_CUDA(cudaDeviceSynchronize()); // who is told of a token reads the one before
     evaluator_.reset();
-    const size_t n_tables = fate_tables_bytes(static_cast<int32_t>(max_experts_)) + sizeof(uint4);
-    if (!linear || !config_.wants_steps || n_tables + fate_cuda_evaluator::n_bytes_of(*linear) > FATE_OPEN_BYTES) {
-        return false;
+    if (!linear) {
+        return "";
+    }
+    const size_t n_bytes = fate_tables_bytes(static_cast<int32_t>(max_experts_)) + fate_cuda_evaluator::n_bytes_of(*linear);
+    if (n_bytes > FATE_OPEN_BYTES) {
+        return fate_format("with planning it takes %zu bytes of shared memory, of which there are %zu; a model of a lower rank takes less",
+                           n_bytes, FATE_OPEN_BYTES);
     }
     std::vector<int32_t> index;
     for (const fate_device_layer & layer : config_.layers) {
         index.push_back(layer.index);
     }
-    evaluator_ = std::make_unique<fate_cuda_evaluator>(*linear, index);
-    return true;
+    try {
+        evaluator_ = std::make_unique<fate_cuda_evaluator>(*linear, index);
+    } catch (const fate_error & e) {
+        if (e.status() != FATE_STATUS_MEMORY) {
+            throw;
+        }
+        return std::string(e.what()) + "; leave more free, with fewer slots or a larger vram_margin";
+    }
+    return "";
 }
 
 void fate_cuda_device::foretell(const fate_predictions & predictions, const fate_router & router) {

@@ -104,9 +104,9 @@ public:
     // the copies come before them. By index among all layers. What failed, "" if nothing.
     virtual std::string prefetch(const float * chance) = 0;
 
-    // Has the device evaluate a linear model, which is copied, where begin() is told of a token; null: it forgets it. False: it does not, for it has too many
-    // experts to evaluate beside planning. Throws fate_error.
-    virtual bool set_linear(const fate_linear * linear) = 0;
+    // Has the device evaluate a linear model, which is copied, where begin() is told of a token; null: it forgets it. Why it cannot, "" if it can. Throws
+    // fate_error.
+    virtual std::string set_linear(const fate_linear * linear) = 0;
 
     // In place of what routers say of later layers; router: that replays the routing of these layers.
     virtual void foretell(const fate_predictions & predictions, const fate_router & router) = 0;

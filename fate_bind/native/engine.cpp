@@ -5,6 +5,7 @@
 
 #include "llama-batch.h"
 #include "llama-context.h"
+#include "llama-impl.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -280,7 +281,7 @@ bool fate_engine::ubatch_end(bool ok) {
         }
         held_back_ = !sync_;
         followed_  = false;
-        if (linear_ && !policy_failed_ && !devices_.empty() && is_told()) {
+        if (foresees() && !devices_.empty()) {
             linear_->finish();
             linear_->warm(!evaluates_);
         }
@@ -382,18 +383,18 @@ void fate_engine::set_linear(const fate_linear_model * model) {
 
 // Has all devices evaluate the linear model, or none.
 bool fate_engine::hand_over() {
-    bool take_it = true;
-    try {
-        for (auto & device : devices_) {
-            take_it = take_it && device->set_linear(linear_.get());
-        }
-    } catch (const fate_error &) { // little memory is asked for: where there is none the host does it
-        take_it = false;
+    std::string why;
+    for (auto & device : devices_) {
+        why = why.empty() ? device->set_linear(linear_.get()) : why;
     }
-    for (size_t i = 0; !take_it && i < devices_.size(); ++i) {
-        devices_[i]->set_linear(nullptr);
+    if (why.empty()) {
+        return true;
     }
-    return take_it;
+    LLAMA_LOG_WARN("fate: the host evaluates the classifier, which takes longer than a GPU does, because %s\n", why.c_str());
+    for (auto & device : devices_) {
+        device->set_linear(nullptr);
+    }
+    return false;
 }
 
 // Has the linear model take in the step that is held back, once.
@@ -405,19 +406,22 @@ void fate_engine::follow(bool defers) {
     }
 }
 
-// Whether the linear model is asked about the step at hand.
+// Whether the linear model is asked about the step at hand. What it says is likely is of use only beside the step, where only a GPU brings experts in.
 bool fate_engine::foresees() const {
-    return linear_ && !policy_failed_ && is_told();
+    return linear_ && !policy_failed_ && is_told() && (linear_->has_scores() || predicts());
+}
+
+bool fate_engine::predicts() const {
+    return !chances_.empty() && !devices_.empty();
 }
 
 // Before a step of one token: what it is likely to use, and what is worth keeping after it. The step before is over, for its output made the token; a program
 // that did not look at it waits here.
 fate_device_orders fate_engine::foresee() {
     fate_device_orders orders;
-    const bool         predicts = !chances_.empty();
-    if (!evaluates_ && (predicts || linear_->has_scores())) {
+    if (!evaluates_) {
         orders.told     = &tell();
-        orders.predicts = predicts;
+        orders.predicts = predicts();
         return orders;
     }
     const fate_step step = record_[current_].view();
@@ -429,7 +433,7 @@ fate_device_orders fate_engine::foresee() {
         orders.scores = scores_.data();
         orders.bonus  = bonus_.data();
     }
-    if (predicts && !devices_.empty()) { // beside the step only a GPU brings them in
+    if (predicts()) {
         linear_->chances(chances_.data());
         orders.chance = chances_.data();
     }

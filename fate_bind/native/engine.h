@@ -168,6 +168,7 @@ private:
     void               publish(bool behind);
     void               publish_on_host(bool behind);
     bool               foresees() const;
+    bool               predicts() const;
     fate_device_orders foresee();
     void               follow(bool defers = false);
     bool               hand_over();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import pytest
 from exactness.conftest import Build, build
@@ -13,11 +14,8 @@ __all__ = ["build"]  # a fixture
 pytestmark = [pytest.mark.gpu, pytest.mark.native]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["test-cuda", "test-cuda-callback", "test-cuda-linear", "test-cuda-lookahead", "test-cuda-prefetch"],
-)
-def test_kernels_agree_with_the_host(build: Build, name: str) -> None:
+def program(build: Build, name: str) -> Path:
+    """Compile one of the test programs."""
     done = subprocess.run(
         [tool("cmake"), "--build", build.native, "--target", name],
         capture_output=True,
@@ -25,6 +23,14 @@ def test_kernels_agree_with_the_host(build: Build, name: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    done = subprocess.run([build.native / name], capture_output=True, text=True, check=False)
+    return build.native / name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["test-cuda", "test-cuda-callback", "test-cuda-linear", "test-cuda-lookahead", "test-cuda-prefetch"],
+)
+def test_kernels_agree_with_the_host(build: Build, name: str) -> None:
+    done = subprocess.run([program(build, name)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert " 0 failed" in done.stdout
